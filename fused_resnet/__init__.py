@@ -1,0 +1,1 @@
+from fused_resnet._version import __version__

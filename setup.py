@@ -1,0 +1,104 @@
+"""Builds fused_resnet._C: C++ always, CUDA when nvcc is there, and nothing at all when there is no compiler.
+
+Variables: FUSED_RESNET_NO_EXT=1 (build no extension), FUSED_RESNET_NO_CUDA=1 (C++ only), FUSED_RESNET_FORCE_CUDA=1
+(an error when CUDA sources cannot be built), TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX" by default), MAX_JOBS, DEBUG=1.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+DEBUG = os.environ.get("DEBUG") == "1"
+ABI_TARGET = "0x020b000000000000"  # LibTorch Stable ABI of torch 2.11: one library for it and everything later
+LIMITED_API = "0x030a0000"  # Python 3.10: one library for it and everything later
+DEFAULT_ARCHS = "8.0;9.0a+PTX"
+
+
+def switch(name):
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def give_up(reason):
+    """No extension: say so once, and let the install succeed on the operators in Python."""
+    print(
+        f"\n*** fused_resnet: the compiled extension is not built: {reason}.\n"
+        "*** Every operator works without it, through the slower reference backend.\n",
+        file=sys.stderr,
+    )
+    return {}
+
+
+def compiler_works():
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return False
+    probe = subprocess.run([compiler, "--version"], capture_output=True, check=False)
+    return probe.returncode == 0
+
+
+def cuda_sources():
+    """The CUDA sources to build, and the reason when there are none."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
+    if switch("FUSED_RESNET_NO_CUDA"):
+        return [], "FUSED_RESNET_NO_CUDA is set"
+    nvcc = CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists()
+    reason = "nvcc was not found (set CUDA_HOME)" if not nvcc else "" if sources else "csrc/cuda holds no sources"
+    if reason and switch("FUSED_RESNET_FORCE_CUDA"):
+        raise SystemExit(f"fused_resnet: FUSED_RESNET_FORCE_CUDA is set, but {reason}")
+    return ([], reason) if reason else (sources, "")
+
+
+def extension():
+    """The arguments of setup() that build the extension; empty when it cannot be built."""
+    if switch("FUSED_RESNET_NO_EXT"):
+        return give_up("FUSED_RESNET_NO_EXT is set")
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    except ImportError:
+        return give_up("torch is not importable while building (install torch first, then use --no-build-isolation)")
+    if not compiler_works():
+        return give_up("no C++ compiler was found (install one, or point CXX at it)")
+    cuda, reason = cuda_sources()
+    if reason:
+        print(f"fused_resnet: no CUDA kernels in this build: {reason}", file=sys.stderr)
+    else:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+    optimise = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
+    common = [*optimise, "-std=c++20", f"-DTORCH_TARGET_VERSION={ABI_TARGET}", f"-DPy_LIMITED_API={LIMITED_API}"]
+    host = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    device = [*common, "-DUSE_CUDA", "--expt-relaxed-constexpr"]
+    ext = (CUDAExtension if cuda else CppExtension)(
+        "fused_resnet._C",
+        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")) + cuda,
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": host + (["-DFUSED_RESNET_CUDA"] if cuda else []), "nvcc": device},
+        py_limited_api=True,
+    )
+
+    class Build(BuildExtension):
+        """A compiler that fails costs the user the fast path, not the install, unless CUDA was asked for."""
+
+        def run(self):
+            try:
+                super().run()
+            except (Exception, SystemExit) as error:
+                if switch("FUSED_RESNET_FORCE_CUDA"):
+                    raise
+                give_up(f"the build failed ({str(error).strip().splitlines()[-1] if str(error).strip() else error!r})")
+                self.extensions = []  # nothing to copy or to list
+
+    return {
+        "ext_modules": [ext],
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**extension())
