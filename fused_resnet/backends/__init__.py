@@ -1,0 +1,12 @@
+"""Who computes: the backends, and the selection between them."""
+
+from fused_resnet.backends.selection import (
+    ACTIVATIONS,
+    available_backends,
+    backend_report,
+    context_backend,
+    select,
+    use_backend,
+)
+
+__all__ = ["ACTIVATIONS", "available_backends", "backend_report", "context_backend", "select", "use_backend"]

@@ -1,0 +1,194 @@
+"""CPU: the compiled kernels of csrc/cpu, and oneDNN for the convolutions that they do not take.
+
+Convolutions in inference run in `fused_resnet_C::conv_scale_act` where the processor has the instructions for it
+(fp32: AVX-512; bf16: AMX), and through oneDNN with packed weights elsewhere. oneDNN's fused ReLU turns NaN into 0, so
+that only bias and sum are fused there and the activation, which keeps NaN, runs in place behind it.
+"""
+
+import importlib
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends import reference
+from fused_resnet.backends.packing import packed
+from fused_resnet.backends.reference import channels_last
+
+ACT_CODES = {"none": 0, "relu": 1, "relu6": 2, "hardswish": 3, "silu": 4}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def extension_missing() -> str:
+    """Why the compiled extension does not load; empty: it does."""
+    try:
+        importlib.import_module("fused_resnet._C")
+    except ImportError as error:
+        return f"the compiled extension is not installed ({error})"
+    return ""
+
+
+@cache
+def onednn_convolution() -> bool:
+    """Whether this torch offers the oneDNN convolution with a packed weight."""
+    names = ("_convolution_pointwise", "_reorder_convolution_weight")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+@cache
+def onednn_has(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def unavailable() -> str:
+    if extension_missing() and not onednn_convolution():
+        return (
+            f"{extension_missing()}, and this torch has no oneDNN; install with a C++ compiler: "
+            "pip install --no-build-isolation ."
+        )
+    return ""
+
+
+def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> str:
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"{x.dtype} input; it takes float32 and bfloat16"
+    if op != "conv_scale_act":
+        if not extension_missing() and not hasattr(torch.ops.fused_resnet_C, "bn_act_fwd"):
+            return "not built"
+        missing = extension_missing()
+        return f"{missing}; install with a C++ compiler: pip install --no-build-isolation ." if missing else ""
+    if engine_takes(x.dtype, weight.shape, args):
+        return ""
+    if not onednn_convolution() or not torch.backends.mkldnn.enabled:
+        return "no fast convolution for it here, and oneDNN is missing or switched off"
+    return "" if onednn_has(x.dtype) else f"oneDNN has no {x.dtype} on this processor"
+
+
+@cache
+def _engine_takes(dtype, channels, kernel, stride, dilation, out_channels) -> bool:
+    bits = 32 if dtype == torch.float32 else 16
+    return torch.ops.fused_resnet_C.conv_supported(bits, channels, out_channels, kernel, stride, dilation)
+
+
+def engine_takes(dtype: torch.dtype, weight_shape, args) -> bool:
+    """Whether csrc/cpu has a convolution for this problem on this processor."""
+    if args.groups != 1 or extension_missing() or not hasattr(torch.ops.fused_resnet_C, "conv_supported"):
+        return False
+    k, c, r, s = weight_shape
+    return _engine_takes(dtype, c, (r, s), args.stride, args.dilation, k)
+
+
+def conv_scale_act(x, weight, scale, shift, residual, args, act):
+    x = channels_last(x)
+    residual = _optional(residual)
+    if engine_takes(x.dtype, weight.shape, args):
+        return _conv_engine(x, weight, scale, shift, residual, args, act)
+    return _conv_onednn(x, weight, scale, shift, residual, args, act)
+
+
+def _conv_engine(x, weight, scale, shift, residual, args, act):
+    pack = torch.ops.fused_resnet_C.conv_pack
+    weights = packed(weight, ("engine", x.dtype), lambda: pack(weight.detach().to(x.dtype).contiguous()))
+    k, _, r, s = weight.shape
+    out = _empty_output(x, k, (r, s), args)
+    torch.ops.fused_resnet_C.conv_scale_act(
+        x, weights, scale.float(), shift.float(), residual, (r, s), args.stride, args.padding, args.dilation,
+        ACT_CODES[act], out,
+    )  # fmt: skip
+    return out
+
+
+def _empty_output(x, channels, kernel, args):
+    n, _, h, w = x.shape
+    p = (h + 2 * args.padding[0] - args.dilation[0] * (kernel[0] - 1) - 1) // args.stride[0] + 1
+    q = (w + 2 * args.padding[1] - args.dilation[1] * (kernel[1] - 1) - 1) // args.stride[1] + 1
+    return torch.empty((n, channels, p, q), dtype=x.dtype, memory_format=torch.channels_last)
+
+
+def _conv_onednn(x, weight, scale, shift, residual, args, act):
+    conv_args = (list(args.padding), list(args.stride), list(args.dilation), args.groups)
+
+    def fold():  # scale goes into the weight, in fp32, rounded once
+        folded = (weight.detach().float() * scale.float().view(-1, 1, 1, 1)).to(x.dtype)
+        folded = folded.contiguous(memory_format=torch.channels_last)
+        return torch.ops.mkldnn._reorder_convolution_weight(folded, *conv_args, list(x.shape))
+
+    form = ("oneDNN", x.dtype, tuple(x.shape), args)
+    weights = packed(weight, form, fold, scale)
+    bias = packed(shift, ("bias", x.dtype), lambda: shift.detach().to(x.dtype, copy=True))
+    if residual is None:
+        y = torch.ops.mkldnn._convolution_pointwise(x, weights, bias, *conv_args, "none", [], "")
+    else:
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, weights, bias, *conv_args, "add", 1.0, None, [], None
+        )
+    return channels_last(_act_in_place(y, act))
+
+
+def _act_in_place(y: Tensor, act: str) -> Tensor:
+    if act == "none":
+        return y
+    if act == "relu6":
+        return torch.nn.functional.hardtanh_(y, 0.0, 6.0)
+    return {"relu": torch.relu_, "hardswish": torch.ops.aten.hardswish_, "silu": torch.ops.aten.silu_}[act](y)
+
+
+def scale_act(x, scale, shift, residual, act):
+    x = channels_last(x)
+    residual = _optional(residual)
+    out = torch.empty_like(x)
+    torch.ops.fused_resnet_C.scale_act(x, scale.float(), shift.float(), residual, ACT_CODES[act], out)
+    return out
+
+
+def add_act(x, residual, act):
+    x, out = channels_last(x), torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    torch.ops.fused_resnet_C.add_act_fwd(x, channels_last(residual), ACT_CODES[act], out)
+    return out
+
+
+def add_act_backward(grad, y, x, residual, act):
+    if act == "none":
+        return channels_last(grad)
+    out = torch.empty_like(y)
+    torch.ops.fused_resnet_C.add_act_bwd(channels_last(grad), y, _optional(x), _optional(residual), ACT_CODES[act], out)
+    return out
+
+
+def _optional(value: Tensor | None) -> Tensor | None:
+    return None if value is None else channels_last(value)
+
+
+def _vector(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.float().contiguous()
+
+
+def bn_act(x, weight, bias, residual, eps, act):
+    x = channels_last(x)
+    residual = _optional(residual)
+    y = torch.empty_like(x)
+    mean, var = torch.empty(x.shape[1]), torch.empty(x.shape[1])
+    torch.ops.fused_resnet_C.bn_act_fwd(x, _vector(weight), _vector(bias), residual, eps, ACT_CODES[act], y, mean, var)
+    return y, mean, var
+
+
+def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs):
+    x, smooth = channels_last(x), act in ("hardswish", "silu")
+    nothing = x.new_empty(0)
+    d_x = torch.empty_like(x) if needs[0] else None
+    d_residual = torch.empty_like(x) if needs[3] else None
+    d_weight, d_bias = torch.empty_like(mean), torch.empty_like(mean)
+    torch.ops.fused_resnet_C.bn_act_bwd(
+        channels_last(grad), x, None if smooth else y, _optional(residual) if smooth else None,
+        _vector(weight), _vector(bias), mean, var, eps, ACT_CODES[act], d_x, d_weight, d_bias, d_residual,
+    )  # fmt: skip
+    return nothing if d_x is None else d_x, d_weight, d_bias, nothing if d_residual is None else d_residual
+
+
+def conv_bn_act(x, weight, conv_bias, bn_weight, bn_bias, residual, args, eps, act):
+    z = channels_last(reference.convolution(channels_last(x), weight, conv_bias, args))
+    y, mean, var = bn_act(z, bn_weight, bn_bias, residual, eps, act)
+    return y, z, mean, var

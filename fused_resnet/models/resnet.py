@@ -1,0 +1,181 @@
+"""ResNet-18/34/50/101/152, ResNeXt and wide ResNet, assembled from fused blocks under torchvision's names.
+
+He et al. 2015, arXiv:1512.03385 (table 1); Xie et al. 2016, arXiv:1611.05431; Zagoruyko & Komodakis 2016,
+arXiv:1605.07146.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fused_resnet.models.registry import register, with_weights
+from fused_resnet.modules import unit
+from fused_resnet.modules.batch_norm import BatchNorm2d
+from fused_resnet.modules.blocks import BasicBlock, Bottleneck, PadShortcut, conv1x1
+
+SHORTCUTS = ("A", "B", "C", "none")
+
+
+class ResNet(unit.FusedModule):
+    """A residual network; torchvision's `ResNet` in arguments, child names and state dict.
+
+    Shapes:
+        x: [N, in_channels, H, W], any H and W of 1 or more that leave a pixel; returns: [N, num_classes].
+
+    Args:
+        block: `BasicBlock` or `Bottleneck` (or a subclass).
+        layers: blocks in each of the four stages.
+        num_classes, zero_init_residual, groups, width_per_group, replace_stride_with_dilation, norm_layer: as in
+            torchvision.
+        in_channels: channels of the image, 1 for greyscale.
+        lean: keep only the blocks' inputs for the backward pass and compute the blocks again there.
+        shortcut: "A" (no parameters), "B" (1x1 projection where shapes change), "C" (projection everywhere) or "none"
+            (a plain network).
+        stride_on: "3x3" or "1x1", which convolution of a bottleneck has the stride.
+
+    Raises:
+        ValueError: an unknown option, or one that the block does not have.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: Sequence[bool] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        in_channels: int = 3,
+        lean: bool = False,
+        shortcut: str = "B",
+        stride_on: str = "3x3",
+    ):
+        super().__init__()
+        dilate = (False,) * 3 if replace_stride_with_dilation is None else replace_stride_with_dilation
+        if len(dilate) != 3:
+            raise ValueError(f"replace_stride_with_dilation must be None or have 3 elements, got {dilate}")
+        if shortcut not in SHORTCUTS:
+            raise ValueError(f"shortcut must be one of {SHORTCUTS}, got {shortcut!r}")
+        self._norm_layer = norm_layer or BatchNorm2d
+        self.inplanes, self.dilation = 64, 1
+        self.groups, self.base_width = groups, width_per_group
+        self.lean, self.shortcut = lean, shortcut
+        self._block = partial(block, **({"stride_on": stride_on} if stride_on != "3x3" else {}))
+        self._expansion = block.expansion
+        self.conv1 = nn.Conv2d(in_channels, self.inplanes, 7, stride=2, padding=3, bias=False)
+        self.bn1 = self._norm_layer(self.inplanes)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = self._make_layer(64, layers[0])
+        self.layer2 = self._make_layer(128, layers[1], stride=2, dilate=dilate[0])
+        self.layer3 = self._make_layer(256, layers[2], stride=2, dilate=dilate[1])
+        self.layer4 = self._make_layer(512, layers[3], stride=2, dilate=dilate[2])
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        del self._block  # a partial of a class has no place in a pickle
+        initialise(self, zero_init_residual)
+
+    def _make_layer(self, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
+        dilation = self.dilation
+        if dilate:
+            self.dilation *= stride
+            stride = 1
+        arguments = (self.groups, self.base_width)
+        layers = []
+        for index in range(blocks):
+            step = stride if index == 0 else 1
+            layers.append(
+                self._block(
+                    self.inplanes,
+                    planes,
+                    step,
+                    make_shortcut(self.shortcut, self.inplanes, planes * self._expansion, step, self._norm_layer),
+                    *arguments,
+                    dilation if index == 0 else self.dilation,
+                    self._norm_layer,
+                    residual=self.shortcut != "none",
+                )
+            )
+            self.inplanes = planes * self._expansion
+        return nn.Sequential(*layers)
+
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of the stem (before pooling) and of the four stages, finest first."""
+        x = unit.conv_bn_act(self.conv1, self.bn1, x)
+        maps = [x]
+        x = self.maxpool(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = run_blocks(stage, x, self.lean)
+            maps.append(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_stages(x)[-1]
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def make_shortcut(kind: str, in_planes: int, out_planes: int, stride: int, norm_layer) -> nn.Module | None:
+    """The shortcut branch of a block; None: identity, or none at all."""
+    changes = stride != 1 or in_planes != out_planes
+    if kind == "none" or (kind != "C" and not changes):
+        return None
+    if kind == "A":
+        return PadShortcut(in_planes, out_planes, stride)
+    return nn.Sequential(conv1x1(in_planes, out_planes, stride), norm_layer(out_planes))
+
+
+def run_blocks(stage: nn.Sequential, x: Tensor, lean: bool) -> Tensor:
+    """Run a stage; `lean`: in training, keep only each block's input and compute the block again in the backward."""
+    if not (lean and torch.is_grad_enabled() and stage.training) or unit.hooked(stage):
+        return stage(x)
+    for block in stage:
+        x = checkpoint(block, x, use_reentrant=False)
+    return x
+
+
+def initialise(model: nn.Module, zero_init_residual: bool = False) -> None:
+    """torchvision's initialisation: Kaiming normal, fan out (He et al. 2015, arXiv:1502.01852); BN at 1 and 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)) and module.weight is not None:
+            nn.init.constant_(module.weight, 1)
+            nn.init.constant_(module.bias, 0)
+    if zero_init_residual:  # every block starts as the identity (Goyal et al. 2017, arXiv:1706.02677, section 5.1)
+        for module in model.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)) and module.last_norm.weight is not None:
+                nn.init.constant_(module.last_norm.weight, 0)
+
+
+def _factory(block, layers, **defaults):
+    def build(
+        weights=None,
+        *,
+        progress: bool = True,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        lean: bool = False,
+        **kwargs,
+    ) -> ResNet:
+        kwargs = {**defaults, **kwargs, "num_classes": num_classes, "in_channels": in_channels, "lean": lean}
+        return with_weights(lambda: ResNet(block, layers, **kwargs), weights, progress=progress)
+
+    return build
+
+
+resnet18 = register("resnet18", _factory(BasicBlock, (2, 2, 2, 2)))
+resnet34 = register("resnet34", _factory(BasicBlock, (3, 4, 6, 3)))
+resnet50 = register("resnet50", _factory(Bottleneck, (3, 4, 6, 3)))
+resnet101 = register("resnet101", _factory(Bottleneck, (3, 4, 23, 3)))
+resnet152 = register("resnet152", _factory(Bottleneck, (3, 8, 36, 3)))
+resnext50_32x4d = register("resnext50_32x4d", _factory(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4))
+resnext101_32x8d = register("resnext101_32x8d", _factory(Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8))
+wide_resnet50_2 = register("wide_resnet50_2", _factory(Bottleneck, (3, 4, 6, 3), width_per_group=128))
+wide_resnet101_2 = register("wide_resnet101_2", _factory(Bottleneck, (3, 4, 23, 3), width_per_group=128))
+plain18 = register("plain18", _factory(BasicBlock, (2, 2, 2, 2), shortcut="none"))
+plain34 = register("plain34", _factory(BasicBlock, (3, 4, 6, 3), shortcut="none"))

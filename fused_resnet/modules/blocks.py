@@ -1,0 +1,170 @@
+"""The residual blocks of ResNet (He et al. 2015, arXiv:1512.03385), run as two or three fused operators.
+
+Names of parameters and arguments are torchvision's. Hooks on the block itself work as always; a hook on a child makes
+that child run by itself, unfused.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_resnet.modules import unit
+from fused_resnet.modules.batch_norm import BatchNorm2d
+
+
+def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, out_planes, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False)
+
+
+def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
+
+
+class PadShortcut(nn.Module):
+    """Shortcut "A": every stride-th pixel, new channels filled with zeros, no parameters (section 3.3, option A).
+
+    Shapes:
+        x: [N, in_planes, H, W]; returns: [N, out_planes, ceil(H / stride), ceil(W / stride)].
+    """
+
+    def __init__(self, in_planes: int, out_planes: int, stride: int = 1):
+        super().__init__()
+        if out_planes < in_planes:
+            raise ValueError(f"PadShortcut: cannot pad {in_planes} channels to {out_planes}")
+        self.in_planes, self.out_planes, self.stride = in_planes, out_planes, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, 0, self.out_planes - self.in_planes))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_planes}, {self.out_planes}, stride={self.stride}"
+
+
+class _ResidualBlock(unit.FusedModule):
+    """What both blocks share: the branch that is added, or none in a plain network."""
+
+    expansion: int = 1
+    residual: bool = True
+    downsample: nn.Module | None
+
+    def shortcut(self, x: Tensor) -> Tensor | None:
+        """What is added to the main branch; None in a plain network."""
+        if not self.residual:
+            return None
+        if self.downsample is None:
+            return x
+        if type(self.downsample) is nn.Sequential and len(self.downsample) == 2 and not unit.hooked(self.downsample):
+            conv, bn = self.downsample
+            if isinstance(conv, nn.Conv2d):
+                return unit.conv_bn_act(conv, bn, x, act="none")
+        return self.downsample(x)
+
+
+class BasicBlock(_ResidualBlock):
+    """Two 3x3 convolutions: `relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`.
+
+    Shapes:
+        x: [N, inplanes, H, W]; returns: [N, planes, P, Q] in channels_last, P = ceil(H / stride).
+
+    Args:
+        inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer: as in torchvision.
+        residual: False leaves the shortcut out (the plain networks of the degradation experiment, section 4.1).
+
+    Raises:
+        ValueError: groups, base_width or dilation that this block does not have.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        residual: bool = True,
+    ):
+        super().__init__()
+        if groups != 1 or base_width != 64:
+            raise ValueError(f"BasicBlock: only groups=1 and base_width=64, got {groups} and {base_width}")
+        if dilation > 1:
+            raise ValueError(f"BasicBlock: only dilation=1, got {dilation}")
+        norm_layer = norm_layer or BatchNorm2d
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = norm_layer(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+        self.residual = residual
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm whose weight the zero-init option sets to 0."""
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.shortcut(x)
+        y = unit.conv_bn_act(self.conv1, self.bn1, x)
+        return unit.conv_bn_act(self.conv2, self.bn2, y, residual)
+
+
+class Bottleneck(_ResidualBlock):
+    """1x1, 3x3, 1x1 convolutions, four times as wide at the end, with the shortcut added before the last ReLU.
+
+    Shapes:
+        x: [N, inplanes, H, W]; returns: [N, 4 * planes, P, Q] in channels_last, P = ceil(H / stride).
+
+    Args:
+        inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer: as in torchvision.
+        residual: False leaves the shortcut out.
+        stride_on: "3x3" (torchvision's form, "v1.5") or "1x1" (the original paper's).
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        residual: bool = True,
+        stride_on: str = "3x3",
+    ):
+        super().__init__()
+        if stride_on not in ("3x3", "1x1"):
+            raise ValueError(f"Bottleneck: stride_on must be '3x3' or '1x1', got {stride_on!r}")
+        norm_layer = norm_layer or BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        first, second = (1, stride) if stride_on == "3x3" else (stride, 1)
+        self.conv1 = conv1x1(inplanes, width, first)
+        self.bn1 = norm_layer(width)
+        self.conv2 = conv3x3(width, width, second, groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = conv1x1(width, planes * self.expansion)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.downsample = downsample
+        self.stride = stride
+        self.residual = residual
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm whose weight the zero-init option sets to 0."""
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.shortcut(x)
+        y = unit.conv_bn_act(self.conv1, self.bn1, x)
+        y = unit.conv_bn_act(self.conv2, self.bn2, y)
+        return unit.conv_bn_act(self.conv3, self.bn3, y, residual)

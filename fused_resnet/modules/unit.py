@@ -1,0 +1,87 @@
+"""How a convolution and a batch norm that stand side by side in a module run as one operator.
+
+The children stay ordinary `nn.Conv2d` and `nn.BatchNorm2d` under their own names, so state dicts are torchvision's. A
+child that is not what it seems to be (a subclass with its own forward, another norm, a hook, reflected padding) is
+called as it is, and only what follows it is fused.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_resnet import ops
+from fused_resnet.modules.batch_norm import (
+    BatchNorm2d,
+    count_batch,
+    folded,
+    forget,
+    training_arguments,
+    uses_batch_statistics,
+)
+
+ACT_FUNCTIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+}
+
+
+class FusedModule(nn.Module):
+    """Base of the modules that run their children fused: drops derived values whenever the mode is set."""
+
+    def train(self, mode: bool = True):
+        for module in self.modules():
+            forget(module)
+        return super().train(mode)
+
+
+def hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def plain_convolution(conv: nn.Module) -> bool:
+    return type(conv).forward is nn.Conv2d.forward and conv.padding_mode == "zeros" and not hooked(conv)
+
+
+def plain_batch_norm(bn: nn.Module) -> bool:
+    return type(bn) in (BatchNorm2d, nn.BatchNorm2d) and not hooked(bn)
+
+
+def conv_bn_act(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "relu") -> Tensor:
+    """Return `act(bn(conv(x)) + residual)`."""
+    if not (plain_convolution(conv) and plain_batch_norm(bn)):
+        return bn_act(bn, conv(x), residual, act)
+    geometry = {
+        "residual": residual,
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "act": act,
+    }
+    if not uses_batch_statistics(bn):
+        return ops.conv_scale_act(x, conv.weight, *folded(bn, conv.bias), **geometry)
+    y = ops.conv_bn_act(x, conv.weight, bn.weight, bn.bias, conv_bias=conv.bias, **training_arguments(bn), **geometry)
+    count_batch(bn, x)
+    return y
+
+
+def bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "relu") -> Tensor:
+    """Return `act(bn(x) + residual)`."""
+    if not plain_batch_norm(bn):
+        y = bn(x)
+        return ACT_FUNCTIONS[act](y) if residual is None else ops.add_act(y, residual, act=act)
+    return fused_bn_act(bn, x, residual, act)
+
+
+def fused_bn_act(bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
+    """`bn_act` where the batch norm is known to be a plain one."""
+    if not uses_batch_statistics(bn):
+        scale, shift = folded(bn)
+        return ops.scale_act(x, scale, shift, residual=residual, act=act)
+    y = ops.bn_act(x, bn.weight, bn.bias, **training_arguments(bn), residual=residual, act=act)
+    count_batch(bn, x)
+    return y

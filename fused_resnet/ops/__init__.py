@@ -1,0 +1,8 @@
+"""The operators, as functions; each is also `torch.ops.fused_resnet.<name>`."""
+
+from fused_resnet.ops.add_act import add_act
+from fused_resnet.ops.bn_act import bn_act, scale_act
+from fused_resnet.ops.conv_bn_act import conv_bn_act
+from fused_resnet.ops.conv_scale_act import conv_scale_act
+
+__all__ = ["add_act", "bn_act", "conv_bn_act", "conv_scale_act", "scale_act"]

@@ -1,0 +1,71 @@
+"""The normal form of a convolution's arguments, and its output size."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ConvArgs(NamedTuple):
+    """Arguments of a 2-d convolution, each a pair (height, width)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def pair(op: str, name: str, value, least: int) -> tuple[int, int]:
+    values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(values) == 1:
+        values = values * 2
+    if len(values) != 2 or any(isinstance(v, bool) or not hasattr(v, "__index__") or v < least for v in values):
+        raise ValueError(f"{op}: {name} must be an int or a pair of ints of at least {least}, got {value!r}")
+    return values
+
+
+def normalise(op: str, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> tuple[Tensor, ConvArgs]:
+    """Check a convolution's arguments; return x (padded where "same" is lopsided) and their normal form."""
+    if weight.dim() != 4:
+        raise ValueError(f"{op}: weight must be 4-d [K, C / groups, R, S], got {weight.dim()}-d {tuple(weight.shape)}")
+    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"{op}: groups must divide the {weight.shape[0]} output channels, got {groups!r}")
+    if x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"{op}: x has {x.shape[1]} channels, but weight {tuple(weight.shape)} with groups={groups} "
+            f"expects {weight.shape[1] * groups}"
+        )
+    stride, dilation = pair(op, "stride", stride, 1), pair(op, "dilation", dilation, 1)
+    x, padding = _resolve_padding(op, x, weight, stride, padding, dilation)
+    args = ConvArgs(stride, padding, dilation, groups)
+    out = output_size(x, weight, args)
+    if min(out[2:]) < 1:
+        raise ValueError(
+            f"{op}: an image of {tuple(x.shape[2:])} is too small for a kernel of {tuple(weight.shape[2:])} with "
+            f"padding {padding} and dilation {dilation}"
+        )
+    return x, args
+
+
+def _resolve_padding(op, x, weight, stride, padding, dilation):
+    if not isinstance(padding, str):
+        return x, pair(op, "padding", padding, 0)
+    if padding == "valid":
+        return x, (0, 0)
+    if padding != "same":
+        raise ValueError(f"{op}: padding must be an int, a pair, 'same' or 'valid', got {padding!r}")
+    if stride != (1, 1):
+        raise ValueError(f"{op}: padding='same' needs stride 1, got stride {stride}")
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    left = (total[0] // 2, total[1] // 2)
+    if any(t % 2 for t in total):  # as torch.nn.functional.conv2d: the odd row or column goes to the end
+        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+    return x, left
+
+
+def output_size(x: Tensor, weight: Tensor, args: ConvArgs) -> list[int]:
+    spatial = [
+        (x.shape[i + 2] + 2 * args.padding[i] - args.dilation[i] * (weight.shape[i + 2] - 1) - 1) // args.stride[i] + 1
+        for i in range(2)
+    ]
+    return [x.shape[0], weight.shape[0], *spatial]

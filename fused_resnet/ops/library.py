@@ -1,0 +1,88 @@
+"""The public operator namespace `fused_resnet::` and what all its operators share.
+
+Schemas are defined here, in Python, so that an install without a compiler has every operator. An operator is run by
+the backend that `backends.select` names; nothing else owns a dispatch key.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends import ACTIVATIONS as ACTIVATIONS
+from fused_resnet.backends import context_backend
+from fused_resnet.backends import select as select
+
+LIBRARY = torch.library.Library("fused_resnet", "DEF")
+
+# Arguments that every convolution operator has, in the order of its schema.
+CONV_SCHEMA = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+
+
+def define(schema: str, impl: Callable, fake: Callable, tags=(torch.Tag.pt2_compliant_tag,)) -> None:
+    """Define `fused_resnet::<schema>` with its implementation for every device and its fake."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=tags)
+    LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_resnet::{name}", fake, lib=LIBRARY)
+
+
+def autograd(name: str, setup_context: Callable, backward: Callable) -> None:
+    """Register the gradient of `fused_resnet::<name>`."""
+    torch.library.register_autograd(f"fused_resnet::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def autocast(name: str, cast: Callable) -> None:
+    """Register the autocast rule of `fused_resnet::<name>`.
+
+    `cast(dtype, *args)` returns the arguments of the operator as they are under autocast to `dtype`. PyTorch's own
+    `register_autocast` casts every tensor to one fixed dtype; here statistics and parameters stay in fp32 and the
+    dtype is that of the region.
+    """
+    operator = getattr(torch.ops.fused_resnet, name).default
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        LIBRARY.impl(name, _autocast_rule(operator, cast, device, key), key)
+
+
+def _autocast_rule(operator, cast: Callable, device: str, key: str) -> Callable:
+    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def run(*args):
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return operator(*cast(torch.get_autocast_dtype(device), *args))
+
+    return run
+
+
+def under_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of `tensor`: mixed dtypes are then cast, not refused."""
+    return tensor.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tensor.device.type)
+
+
+def empty_channels_last(like: Tensor, size, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised channels_last tensor: the layout that every operator returns."""
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def chosen(backend: str) -> str:
+    """The backend that a backward pass uses: the forward's, also where it was chosen by `use_backend`.
+
+    Autograd may run the backward on a thread of its own, which does not see the forward's context.
+    """
+    return backend or context_backend()
+
+
+def second_order(formula: Callable, inputs: list, grads: Tensor) -> list:
+    """Gradients of `formula(*inputs)` that can be differentiated again.
+
+    The fast backward operators have no gradient of their own; when a graph of the backward is asked for
+    (`create_graph=True`), the forward formula is run again on plain PyTorch and differentiated there.
+    """
+    wanted = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.requires_grad]
+    with torch.enable_grad():
+        output = formula(*inputs)
+        found = torch.autograd.grad(output, [inputs[i] for i in wanted], grads, create_graph=True, allow_unused=True)
+    result = [None] * len(inputs)
+    for i, value in zip(wanted, found, strict=True):
+        result[i] = value
+    return result
