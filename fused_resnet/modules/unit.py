@@ -5,6 +5,9 @@ child that is not what it seems to be (a subclass with its own forward, another 
 called as it is, and only what follows it is fused.
 """
 
+import contextlib
+import contextvars
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +28,22 @@ ACT_FUNCTIONS = {
     "hardswish": F.hardswish,
     "silu": F.silu,
 }
+
+
+_unfused: contextvars.ContextVar[bool] = contextvars.ContextVar("fused_resnet_unfused", default=False)
+
+
+@contextlib.contextmanager
+def unfused():
+    """Run every module as plain PyTorch would: its children one by one, and aten for the sum and the activation.
+
+    This is the network that the fused one is verified against and timed beside. It holds for the current thread.
+    """
+    token = _unfused.set(True)
+    try:
+        yield
+    finally:
+        _unfused.reset(token)
 
 
 class FusedModule(nn.Module):
@@ -52,7 +71,7 @@ def plain_batch_norm(bn: nn.Module) -> bool:
 
 def conv_bn_act(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "relu") -> Tensor:
     """Return `act(bn(conv(x)) + residual)`."""
-    if not (plain_convolution(conv) and plain_batch_norm(bn)):
+    if _unfused.get() or not (plain_convolution(conv) and plain_batch_norm(bn)):
         return bn_act(bn, conv(x), residual, act)
     geometry = {
         "residual": residual,
@@ -71,14 +90,21 @@ def conv_bn_act(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | No
 
 def bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "relu") -> Tensor:
     """Return `act(bn(x) + residual)`."""
-    if not plain_batch_norm(bn):
-        y = bn(x)
-        return ACT_FUNCTIONS[act](y) if residual is None else ops.add_act(y, residual, act=act)
-    return fused_bn_act(bn, x, residual, act)
+    if plain_batch_norm(bn):
+        return fused_bn_act(bn, x, residual, act)
+    y = bn(x)
+    if residual is None:
+        return ACT_FUNCTIONS[act](y)
+    return ACT_FUNCTIONS[act](y + residual) if _unfused.get() else ops.add_act(y, residual, act=act)
 
 
 def fused_bn_act(bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """`bn_act` where the batch norm is known to be a plain one."""
+    if _unfused.get():
+        y = nn.BatchNorm2d.forward(bn, x)
+        if residual is not None:
+            y += residual
+        return ACT_FUNCTIONS[act](y, inplace=True) if act in ("relu", "relu6") else ACT_FUNCTIONS[act](y)
     if not uses_batch_statistics(bn):
         scale, shift = folded(bn)
         return ops.scale_act(x, scale, shift, residual=residual, act=act)
