@@ -19,6 +19,9 @@ BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
 # What the heuristic tries, in this order, before the reference.
 PREFERRED = {"cpu": ("cpu",)}
 
+# The heuristic's answers: a pure function of the problem, asked at every call.
+_heuristic: dict[tuple, ModuleType] = {}
+
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("fused_resnet_backend", default=None)
 
 
@@ -80,6 +83,14 @@ def select(op: str, backend: str, x: Tensor, weight: Tensor | None = None, args=
         if reason:
             raise RuntimeError(f"{op}: backend {name!r} cannot run this: {reason}; use backend='reference'")
         return found
+    shape = None if weight is None else weight.shape
+    found = _heuristic.get((op, x.device, x.dtype, shape, args))
+    if found is None:
+        found = _heuristic[op, x.device, x.dtype, shape, args] = _first_that_can(op, x, weight, args)
+    return found
+
+
+def _first_that_can(op: str, x: Tensor, weight: Tensor | None, args) -> ModuleType:
     for name in PREFERRED.get(x.device.type, ()):
         if not BACKENDS[name].unavailable() and not BACKENDS[name].unsupported(op, x, weight, args):
             return BACKENDS[name]

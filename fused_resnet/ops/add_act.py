@@ -12,7 +12,6 @@ from fused_resnet.ops.library import (
     define,
     empty_channels_last,
     select,
-    under_autocast,
 )
 
 
@@ -32,7 +31,7 @@ def add_act(x: Tensor, residual: Tensor, *, act: str = "relu", backend: str | No
     checks.check_act(op, act)
     checks.check_same_device(op, x, residual=residual)
     checks.check_residual(op, residual, x.shape)
-    if not under_autocast(x):
+    if not checks.under_autocast(x):
         checks.check_same_dtype(op, x, residual=residual)
     return torch.ops.fused_resnet.add_act(x, residual, act, backend or "")
 

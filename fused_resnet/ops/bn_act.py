@@ -17,7 +17,6 @@ from fused_resnet.ops.library import (
     empty_channels_last,
     second_order,
     select,
-    under_autocast,
 )
 
 
@@ -60,7 +59,7 @@ def bn_act(
     checks.check_same_device(
         op, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, residual=residual
     )
-    if not under_autocast(x):
+    if not checks.under_autocast(x):
         checks.check_same_dtype(op, x, residual=residual)
     checks.check_channels(op, x.shape[1], weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     checks.check_statistics(op, running_mean, running_var, training=training)
@@ -96,7 +95,7 @@ def scale_act(
     checks.check_input(op, x)
     checks.check_act(op, act)
     checks.check_same_device(op, x, scale=scale, shift=shift, residual=residual)
-    if not under_autocast(x):
+    if not checks.under_autocast(x):
         checks.check_same_dtype(op, x, residual=residual)
     checks.check_channels(op, x.shape[1], scale=scale, shift=shift)
     checks.check_residual(op, residual, x.shape)

@@ -16,7 +16,6 @@ from fused_resnet.ops.library import (
     empty_channels_last,
     second_order,
     select,
-    under_autocast,
 )
 
 
@@ -67,7 +66,7 @@ def conv_bn_act(
     checks.check_input(op, x)
     checks.check_act(op, act)
     checks.check_same_device(op, x, weight=weight, conv_bias=conv_bias, residual=residual, **vectors)
-    if not under_autocast(x):
+    if not checks.under_autocast(x):
         checks.check_same_dtype(op, x, weight=weight, conv_bias=conv_bias, residual=residual)
     checks.check_statistics(op, running_mean, running_var, training=training)
     x, args = normalise(op, x, weight, stride, padding, dilation, groups)

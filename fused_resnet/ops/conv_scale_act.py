@@ -18,8 +18,11 @@ from fused_resnet.ops.library import (
     empty_channels_last,
     second_order,
     select,
-    under_autocast,
 )
+
+# Problems that passed the checks, with the normal form of their arguments: at batch 1 the checks would cost as much as
+# the small convolutions.
+_CHECKED = checks.Remembered()
 
 
 def conv_scale_act(
@@ -55,14 +58,20 @@ def conv_scale_act(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is launched.
     """
     op = "conv_scale_act"
+    seen = checks.signature(x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
+    args = _CHECKED.get(seen)
+    if args is not None:
+        return torch.ops.fused_resnet.conv_scale_act(x, weight, scale, shift, residual, *args, act, backend or "")
     checks.check_input(op, x)
     checks.check_act(op, act)
     checks.check_same_device(op, x, weight=weight, scale=scale, shift=shift, residual=residual)
-    if not under_autocast(x):
+    if not checks.under_autocast(x):
         checks.check_same_dtype(op, x, weight=weight, residual=residual)
     x, args = normalise(op, x, weight, stride, padding, dilation, groups)
     checks.check_channels(op, weight.shape[0], scale=scale, shift=shift)
     checks.check_residual(op, residual, output_size(x, weight, args))
+    if seen is not None and not isinstance(padding, str):  # "same" may have padded x
+        _CHECKED[seen] = args
     return torch.ops.fused_resnet.conv_scale_act(x, weight, scale, shift, residual, *args, act, backend or "")
 
 

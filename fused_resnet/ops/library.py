@@ -54,11 +54,6 @@ def _autocast_rule(operator, cast: Callable, device: str, key: str) -> Callable:
     return run
 
 
-def under_autocast(tensor: Tensor) -> bool:
-    """Whether autocast is on for the device of `tensor`: mixed dtypes are then cast, not refused."""
-    return tensor.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tensor.device.type)
-
-
 def empty_channels_last(like: Tensor, size, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised channels_last tensor: the layout that every operator returns."""
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
