@@ -170,6 +170,11 @@ def _backward(ctx, grad, _mean, _var):
 
 def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs, backend):
     """Gradients of x, weight, bias and residual; None where `needs` says that nobody wants one."""
+    if act == "none" and needs[3]:  # the residual's gradient is the output's
+        return [
+            *bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, (*needs[:3], False), backend)[:3],
+            grad,
+        ]
     grads = torch.ops.fused_resnet.bn_act_backward(
         grad, x, y, weight, bias, residual, mean, var, eps, act, list(needs), backend
     )
