@@ -170,21 +170,15 @@ def _backward(ctx, grad, _mean, _var):
 
 def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs, backend):
     """Gradients of x, weight, bias and residual; None where `needs` says that nobody wants one."""
-    if act == "none" and needs[3]:  # the residual's gradient is the output's
-        return [
-            *bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, (*needs[:3], False), backend)[:3],
-            grad,
-        ]
-    grads = torch.ops.fused_resnet.bn_act_backward(
-        grad, x, y, weight, bias, residual, mean, var, eps, act, list(needs), backend
+    passed_on = act == "none" and needs[3]  # the residual's gradient is the output's
+    d_x, d_weight, d_bias, d_residual = torch.ops.fused_resnet.bn_act_backward(
+        grad, x, y, weight, bias, residual, mean, var, eps, act, [*needs[:3], needs[3] and not passed_on], backend
     )
     if weight is not None:
-        grads = [
-            grads[0],
-            grads[1].to(weight.dtype),
-            grads[2].to(weight.dtype if bias is None else bias.dtype),
-            grads[3],
-        ]
+        d_weight = d_weight.to(weight.dtype)
+    if bias is not None:
+        d_bias = d_bias.to(bias.dtype)
+    grads = (d_x, d_weight, d_bias, grad if passed_on else d_residual)
     return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
