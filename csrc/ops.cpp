@@ -4,6 +4,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/conv_scale_act.h"
 #include "cpu/cpu.h"
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
@@ -15,8 +16,20 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   // The widest vector extension that the running processor and the kernels share, by name.
   m.def("cpu_capability() -> str");
+  m.def(
+      "conv_supported(int dtype_bits, int C, int K, int[2] kernel, int[2] stride, int[2] dilation) -> bool");
+  m.def("conv_pack(Tensor weight) -> Tensor");
+  m.def(
+      "conv_scale_act(Tensor x, Tensor packed, Tensor scale, Tensor shift, Tensor? residual, int[2] kernel, "
+      "int[2] stride, int[2] padding, int[2] dilation, int act, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&fused_resnet::cpu::cpu_capability));
+  m.impl("conv_supported", TORCH_BOX(&fused_resnet::cpu::conv_supported));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
+  m.impl("conv_pack", TORCH_BOX(&fused_resnet::cpu::conv_pack));
+  m.impl("conv_scale_act", TORCH_BOX(&fused_resnet::cpu::conv_scale_act));
 }
