@@ -4,6 +4,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/conv_scale_act.h"
 #include "cpu/cpu.h"
 #include "cpu/train.h"
 
@@ -28,13 +29,21 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def("scale_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, int act, Tensor(a!) out) -> ()");
   m.def("add_act_fwd(Tensor x, Tensor residual, int act, Tensor(a!) y) -> ()");
   m.def("add_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? residual, int act, Tensor(a!) dx) -> ()");
+  m.def("conv_supported(int dtype_bits, int C, int K, int[2] kernel, int[2] stride, int[2] dilation) -> bool");
+  m.def("conv_pack(Tensor weight) -> Tensor");
+  m.def(
+      "conv_scale_act(Tensor x, Tensor packed, Tensor scale, Tensor shift, Tensor? residual, int[2] kernel, "
+      "int[2] stride, int[2] padding, int[2] dilation, int act, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&fused_resnet::cpu::cpu_capability));
+  m.impl("conv_supported", TORCH_BOX(&fused_resnet::cpu::conv_supported));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
+  m.impl("conv_pack", TORCH_BOX(&fused_resnet::cpu::conv_pack));
+  m.impl("conv_scale_act", TORCH_BOX(&fused_resnet::cpu::conv_scale_act));
   m.impl("bn_act_fwd", TORCH_BOX(&fused_resnet::cpu::bn_act_fwd));
   m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::cpu::bn_act_bwd));
   m.impl("scale_act", TORCH_BOX(&fused_resnet::cpu::scale_act));

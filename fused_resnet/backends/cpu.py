@@ -73,7 +73,7 @@ def _engine_takes(dtype, channels, kernel, stride, dilation, out_channels) -> bo
 
 def engine_takes(dtype: torch.dtype, weight_shape, args) -> bool:
     """Whether csrc/cpu has a convolution for this problem on this processor."""
-    if args.groups != 1 or extension_missing() or not hasattr(torch.ops.fused_resnet_C, "conv_supported"):
+    if args.groups != 1 or extension_missing():
         return False
     k, c, r, s = weight_shape
     return _engine_takes(dtype, c, (r, s), args.stride, args.dilation, k)

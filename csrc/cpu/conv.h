@@ -1,0 +1,54 @@
+// What the convolution kernels share: the problem, the packed weights, and the tiles that a thread works through.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_resnet::cpu {
+
+constexpr int64_t kPanel = 32;       // output channels that a panel of packed weights holds
+constexpr int64_t kLine = 64;        // bytes of a cache line, and of a row of an AMX tile
+constexpr int64_t kFoldLimit = 64;   // S * C up to which a filter row is treated as one tap (a stem with 3 channels)
+
+enum Act : int64_t { kNone, kRelu, kRelu6, kHardswish, kSilu };
+
+struct ConvShape {
+  int64_t n, c, h, w, k, r, s, p, q;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t element;   // bytes: 4 (fp32) or 2 (bf16)
+  bool fold;         // the S * C inputs under a filter row are copied side by side and make one tap
+  int64_t channels;  // depth of a tap as the kernel sees it: C, or S * C folded; bf16 rounds up to 32
+  int64_t taps;      // R * S, or R folded
+
+  int64_t panels() const { return (k + kPanel - 1) / kPanel; }
+  int64_t panel_bytes() const { return taps * channels * kPanel * element; }
+};
+
+struct ConvArgs {
+  const char* x;
+  const char* weight;  // [panels][taps][channels][32]; bf16 pairs channels: [panels][taps][channels / 32][2][16][16][2]
+  const float* scale;
+  const float* shift;
+  const char* residual;  // null when there is none; may be `out`
+  char* out;
+  int64_t act;
+};
+
+// Pixels that the kernel computes at once: they lie at in, in + pixel_stride, ... and, where their bit in `rows` is set,
+// are written to consecutive output pixels from `out` on.
+struct Tile {
+  int64_t in;  // bytes from Band::base
+  int64_t out;
+  uint32_t rows;
+};
+
+// The part of the input that a thread works on for all its output channels, small enough to stay in the L2 cache.
+struct Band {
+  const char* base;
+  int64_t pixel_stride;     // bytes
+  const int64_t* tap_offset;  // [taps], bytes
+  const Tile* tiles;
+  int64_t num_tiles;
+  int64_t tile_rows;  // pixels of each tile: at most 7 (fp32), 16 (bf16)
+};
+
+}  // namespace fused_resnet::cpu
