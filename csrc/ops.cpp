@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/cpu.h"
+#include "cpu/train.h"
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   // Importing the module loads the library, which runs the registrations below. It holds nothing itself.
@@ -15,8 +16,28 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   // The widest vector extension that the running processor and the kernels share, by name.
   m.def("cpu_capability() -> str");
+
+  // Activations: 0 none, 1 ReLU, 2 ReLU6, 3 hardswish, 4 SiLU. Outputs are allocated by the caller.
+  m.def(
+      "bn_act_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, int act, Tensor(a!) y, "
+      "Tensor(b!) mean, Tensor(c!) var) -> ()");
+  m.def(
+      "bn_act_bwd(Tensor dy, Tensor x, Tensor? y, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor var, float eps, int act, Tensor(a!)? dx, Tensor(b!) dweight, Tensor(c!) dbias, Tensor(d!)? dresidual) "
+      "-> ()");
+  m.def("scale_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, int act, Tensor(a!) out) -> ()");
+  m.def("add_act_fwd(Tensor x, Tensor residual, int act, Tensor(a!) y) -> ()");
+  m.def("add_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? residual, int act, Tensor(a!) dx) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&fused_resnet::cpu::cpu_capability));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
+  m.impl("bn_act_fwd", TORCH_BOX(&fused_resnet::cpu::bn_act_fwd));
+  m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::cpu::bn_act_bwd));
+  m.impl("scale_act", TORCH_BOX(&fused_resnet::cpu::scale_act));
+  m.impl("add_act_fwd", TORCH_BOX(&fused_resnet::cpu::add_act_fwd));
+  m.impl("add_act_bwd", TORCH_BOX(&fused_resnet::cpu::add_act_bwd));
 }
