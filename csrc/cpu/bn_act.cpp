@@ -172,6 +172,8 @@ void bn_act_fwd(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bi
 
 // g = dy * act'; dbias = sum(g); dweight = sum(g * xhat); dresidual = g;
 // dx = weight / sqrt(var + eps) * (g - mean(g) - xhat * mean(g * xhat)), xhat = (x - mean) / sqrt(var + eps).
+// Given y, ReLU and ReLU6 read it; without it they compute the pre-activation again, which saves reading (and keeping)
+// y where there is no residual.
 void bn_act_bwd(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tensor> residual,
                 std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var, double eps,
                 std::int64_t act, std::optional<Tensor> dx, Tensor dweight, Tensor dbias,

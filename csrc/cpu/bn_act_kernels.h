@@ -104,20 +104,26 @@ inline void bn_apply(const BnActArgs& args, const BnTile& tile) {
   });
 }
 
-// g = dy * act'(pre-activation) at element `at` of channel c; `centred` is x - centre there.
-template <class T, int kAct, int kN>
+// g = dy * act'(pre-activation) at element `at` of channel c; `centred` is x - centre there. kReadOutput tells ReLU and
+// ReLU6 from y. Otherwise the pre-activation is computed again, by the very operations of bn_apply_tile and rounded as
+// y was, so that the mask is the same to the bit.
+template <class T, int kAct, bool kReadOutput, int kN>
 inline Vec<kN> bn_gradient(const BnActArgs& args, std::int64_t at, std::int64_t c, Vec<kN> centred) {
   const Vec<kN> dy = load<kN>(static_cast<const T*>(args.dy) + at);
   if constexpr (kAct == kNone) return dy;
-  if constexpr (kAct == kRelu || kAct == kRelu6)
-    return activate_grad<kAct, kN>(dy, load<kN>(static_cast<const T*>(args.y) + at));
+  if constexpr (kReadOutput) return activate_grad<kAct, kN>(dy, load<kN>(static_cast<const T*>(args.y) + at));
   Vec<kN> pre = centred * load<kN>(args.scale + c) + load<kN>(args.shift + c);
   if (args.residual) pre += load<kN>(static_cast<const T*>(args.residual) + at);
+  if constexpr (kAct == kRelu || kAct == kRelu6) {
+    T rounded[kN];
+    store<kN>(rounded, pre);
+    pre = load<kN>(rounded);
+  }
   return activate_grad<kAct, kN>(dy, pre);
 }
 
 // sum_g[c] = sum of g, sum_gx[c] = sum of g * (x - centre) over the tile, in fp32 from group to group; dresidual = g.
-template <class T, int kAct>
+template <class T, int kAct, bool kReadOutput>
 void bn_reduce_tile(const BnActArgs& args, const BnTile& tile, float* sum_g, float* sum_gx) {
   const T* x = static_cast<const T*>(args.x);
   T* dresidual = static_cast<T*>(args.dresidual);
@@ -129,7 +135,7 @@ void bn_reduce_tile(const BnActArgs& args, const BnTile& tile, float* sum_g, flo
     for (int i = 0; i < kRows; ++i) {
       const std::int64_t at = (row + i) * stride + c;
       const Vec<kN> centred = load<kN>(x + at) - m;
-      const Vec<kN> g = bn_gradient<T, kAct, kN>(in, at, c, centred);
+      const Vec<kN> g = bn_gradient<T, kAct, kReadOutput, kN>(in, at, c, centred);
       if (dresidual) store<kN>(dresidual + at, g);
       g_total += g;
       gx_total += g * centred;
@@ -140,7 +146,11 @@ void bn_reduce_tile(const BnActArgs& args, const BnTile& tile, float* sum_g, flo
 }
 
 inline void bn_reduce(const BnActArgs& args, const BnTile& tile, float* sum_g, float* sum_gx) {
-  with_types(args.bf16, args.act, [&]<class T, int kAct>() { bn_reduce_tile<T, kAct>(args, tile, sum_g, sum_gx); });
+  with_types(args.bf16, args.act, [&]<class T, int kAct>() {
+    if constexpr (kAct == kRelu || kAct == kRelu6)
+      if (args.y) return bn_reduce_tile<T, kAct, true>(args, tile, sum_g, sum_gx);
+    bn_reduce_tile<T, kAct, false>(args, tile, sum_g, sum_gx);
+  });
 }
 
 // out[c] = sum over the tiles of partial, in the order of the rows and in fp64, for n <= kMergeBlock channels.
@@ -151,7 +161,7 @@ inline void bn_merge_sums(const float* partial, std::int64_t count, std::int64_t
 }
 
 // dx = scale * (g - mean_g - (x - centre) * slope)
-template <class T, int kAct, bool kStream>
+template <class T, int kAct, bool kReadOutput, bool kStream>
 void bn_input_grad_tile(const BnActArgs& args, const BnTile& tile) {
   const T* x = static_cast<const T*>(args.x);
   T* dx = static_cast<T*>(args.out);
@@ -162,17 +172,24 @@ void bn_input_grad_tile(const BnActArgs& args, const BnTile& tile) {
     for (int i = 0; i < kRows; ++i) {
       const std::int64_t at = (row + i) * stride + c;
       const Vec<kN> centred = load<kN>(x + at) - m;
-      const Vec<kN> g = bn_gradient<T, kAct, kN>(in, at, c, centred);
+      const Vec<kN> g = bn_gradient<T, kAct, kReadOutput, kN>(in, at, c, centred);
       put<kStream, kN>(dx + at, s * (g - mean_g - centred * slope));
     }
   });
   if constexpr (kStream) stream_fence();
 }
 
+template <class T, int kAct, bool kReadOutput>
+inline void bn_input_grad_from(const BnActArgs& args, const BnTile& tile) {
+  if constexpr (kCanStream<T>)
+    if (args.stream) return bn_input_grad_tile<T, kAct, kReadOutput, true>(args, tile);
+  bn_input_grad_tile<T, kAct, kReadOutput, false>(args, tile);
+}
+
 inline void bn_input_grad(const BnActArgs& args, const BnTile& tile) {
   with_types(args.bf16, args.act, [&]<class T, int kAct>() {
-    if constexpr (kCanStream<T>)
-      if (args.stream) return bn_input_grad_tile<T, kAct, true>(args, tile);
-    bn_input_grad_tile<T, kAct, false>(args, tile);
+    if constexpr (kAct == kRelu || kAct == kRelu6)
+      if (args.y) return bn_input_grad_from<T, kAct, true>(args, tile);
+    bn_input_grad_from<T, kAct, false>(args, tile);
   });
 }
