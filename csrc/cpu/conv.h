@@ -11,6 +11,8 @@ constexpr int64_t kFoldLimit = 64;   // S * C up to which a filter row is treate
 
 enum Act : int64_t { kNone, kRelu, kRelu6, kHardswish, kSilu };
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct ConvShape {
   int64_t n, c, h, w, k, r, s, p, q;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
@@ -19,13 +21,13 @@ struct ConvShape {
   int64_t channels;  // depth of a tap as the kernel sees it: C, or S * C folded; bf16 rounds up to 32
   int64_t taps;      // R * S, or R folded
 
-  int64_t panels() const { return (k + kPanel - 1) / kPanel; }
+  int64_t panels() const { return ceil_div(k, kPanel); }
   int64_t panel_bytes() const { return taps * channels * kPanel * element; }
 };
 
 struct ConvArgs {
   const char* x;
-  const char* weight;  // [panels][taps][channels][32]; bf16 pairs channels: [panels][taps][channels / 32][2][16][16][2]
+  const char* weight;  // [panels][taps][channels][32]; bf16 pairs channels: [panels][channels / 32][taps][2][16][16][2]
   const float* scale;
   const float* shift;
   const char* residual;  // null when there is none; may be `out`
@@ -50,5 +52,13 @@ struct Band {
   int64_t num_tiles;
   int64_t tile_rows;  // pixels of each tile: at most 7 (fp32), 16 (bf16)
 };
+
+// How many tiles go through all the panels before the next ones do. Few keep their input in L1 and write whole pixels;
+// that needs weights that stay in L2. All of them read weights from memory once.
+inline int64_t group_tiles(const ConvShape& shape, const Band& band, int64_t panels) {
+  const int64_t pair_bytes = 2 * band.tile_rows * shape.channels * shape.element;
+  const bool few = shape.taps == 1 && pair_bytes <= (32 << 10) && panels * shape.panel_bytes() <= (1 << 20);
+  return few ? 2 : band.num_tiles + 1;
+}
 
 }  // namespace fused_resnet::cpu

@@ -21,8 +21,6 @@
 
 namespace fused_resnet::cpu {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Layout {
   struct Plane {
     int64_t row_phase, col_phase;

@@ -30,9 +30,9 @@ bool has_kernel(int64_t element) { return isa() >= (element == 4 ? Isa::kAvx512 
 // Where weight [k, c, r, s] lies in the packed tensor.
 int64_t packed_index(const ConvShape& g, int64_t k, int64_t c, int64_t r, int64_t s) {
   const int64_t tap = g.fold ? r : r * g.s + s, depth = g.fold ? s * g.c + c : c, lane = k % kPanel;
-  const int64_t block = (k / kPanel * g.taps + tap) * g.channels;
-  if (g.element == 4) return (block + depth) * kPanel + lane;
-  const int64_t tile = (block / 32 + depth / 32) * 2 + lane / 16;
+  const int64_t panel = k / kPanel;
+  if (g.element == 4) return ((panel * g.taps + tap) * g.channels + depth) * kPanel + lane;
+  const int64_t tile = ((panel * g.channels / 32 + depth / 32) * g.taps + tap) * 2 + lane / 16;
   return ((tile * 16 + depth % 32 / 2) * 16 + lane % 16) * 2 + depth % 2;
 }
 
