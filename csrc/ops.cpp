@@ -16,8 +16,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   // The widest vector extension that the running processor and the kernels share, by name.
   m.def("cpu_capability() -> str");
-  m.def(
-      "conv_supported(int dtype_bits, int C, int K, int[2] kernel, int[2] stride, int[2] dilation) -> bool");
+  m.def("conv_supported(int dtype_bits, int C, int K, int[2] kernel, int[2] stride, int[2] dilation) -> bool");
   m.def("conv_pack(Tensor weight) -> Tensor");
   m.def(
       "conv_scale_act(Tensor x, Tensor packed, Tensor scale, Tensor shift, Tensor? residual, int[2] kernel, "

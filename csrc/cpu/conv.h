@@ -5,9 +5,9 @@
 
 namespace fused_resnet::cpu {
 
-constexpr int64_t kPanel = 32;       // output channels that a panel of packed weights holds
-constexpr int64_t kLine = 64;        // bytes of a cache line, and of a row of an AMX tile
-constexpr int64_t kFoldLimit = 64;   // S * C up to which a filter row is treated as one tap (a stem with 3 channels)
+constexpr int64_t kPanel = 32;      // output channels that a panel of packed weights holds
+constexpr int64_t kLine = 64;       // bytes of a cache line, and of a row of an AMX tile
+constexpr int64_t kFoldLimit = 64;  // S * C up to which a filter row is treated as one tap (a stem with 3 channels)
 
 enum Act : int64_t { kNone, kRelu, kRelu6, kHardswish, kSilu };
 
@@ -35,8 +35,8 @@ struct ConvArgs {
   int64_t act;
 };
 
-// Pixels that the kernel computes at once: they lie at in, in + pixel_stride, ... and, where their bit in `rows` is set,
-// are written to consecutive output pixels from `out` on.
+// Pixels that the kernel computes at once: they lie at in, in + pixel_stride, ... and, where their bit in `rows` is
+// set, are written to consecutive output pixels from `out` on.
 struct Tile {
   int64_t in;  // bytes from Band::base
   int64_t out;
@@ -46,7 +46,7 @@ struct Tile {
 // The part of the input that a thread works on for all its output channels, small enough to stay in the L2 cache.
 struct Band {
   const char* base;
-  int64_t pixel_stride;     // bytes
+  int64_t pixel_stride;       // bytes
   const int64_t* tap_offset;  // [taps], bytes
   const Tile* tiles;
   int64_t num_tiles;

@@ -71,9 +71,9 @@ struct Avx512Kernel {
 
   struct Panel {
     const float* weight;
-    const char* next;     // weights that the following panel needs, fetched to L2 while this one computes
-    int64_t next_step;    // bytes of them for each channel
-    __mmask16 lanes[2];   // channels that exist
+    const char* next;    // weights that the following panel needs, fetched to L2 while this one computes
+    int64_t next_step;   // bytes of them for each channel
+    __mmask16 lanes[2];  // channels that exist
     int64_t k0;
   };
 
@@ -196,9 +196,9 @@ struct Avx512Kernel {
       }
   }
 
-  static constexpr Fn kTable1[] = {nullptr,        compute<1, 1>, compute<2, 1>, compute<3, 1>,
+  static constexpr Fn kTable1[] = {nullptr,       compute<1, 1>, compute<2, 1>, compute<3, 1>,
                                    compute<4, 1>, compute<5, 1>, compute<6, 1>, compute<7, 1>};
-  static constexpr Fn kTable2[] = {nullptr,        compute<1, 2>, compute<2, 2>, compute<3, 2>,
+  static constexpr Fn kTable2[] = {nullptr,       compute<1, 2>, compute<2, 2>, compute<3, 2>,
                                    compute<4, 2>, compute<5, 2>, compute<6, 2>, compute<7, 2>};
 };
 

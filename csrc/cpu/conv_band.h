@@ -10,6 +10,7 @@
 #if defined(__x86_64__)
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #if defined(__clang__)
@@ -85,6 +86,7 @@ class Scratch {
     if (bytes > capacity_) {
       capacity_ = ceil_div(bytes, kGrain) * kGrain;
       data_.reset(static_cast<char*>(std::aligned_alloc(kGrain, capacity_)));
+      if (!data_) capacity_ = 0, throw std::bad_alloc();
       advise_huge_pages(data_.get(), capacity_);
     }
     return data_.get();
@@ -112,7 +114,8 @@ class BandBuilder {
     const int64_t images = (end - 1) / g_.p - begin / g_.p + 1;
     const int64_t plane_rows = end - begin + images * l_.extra_rows;
     const int64_t plane_bytes = plane_rows * l_.pitch * l_.pixel_stride;
-    const int64_t slack = (l_.cols + 2 * kMaxTile) * l_.pixel_stride;  // the last row's zeros, the last tile's idle rows
+    const int64_t slack =
+        (l_.cols + 2 * kMaxTile) * l_.pixel_stride;  // the last row's zeros, the last tile's idle rows
     const int64_t planes = l_.planes.size(), line_bytes = g_.fold ? line_columns() * g_.c * g_.element + kLine : 0;
     char* base = scratch_.reserve(planes * plane_bytes + slack + line_bytes);
     char* line = base + planes * plane_bytes + slack;
@@ -177,8 +180,12 @@ class BandBuilder {
 
  private:
   Band band(const char* base, int64_t tile_rows) const {
-    return {base, l_.pixel_stride, scratch_.tap_offset.data(), scratch_.tiles.data(),
-            static_cast<int64_t>(scratch_.tiles.size()), tile_rows};
+    return {base,
+            l_.pixel_stride,
+            scratch_.tap_offset.data(),
+            scratch_.tiles.data(),
+            static_cast<int64_t>(scratch_.tiles.size()),
+            tile_rows};
   }
 
   template <class F>
