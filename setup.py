@@ -15,7 +15,6 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 DEBUG = os.environ.get("DEBUG") == "1"
 ABI_TARGET = "0x020b000000000000"  # LibTorch Stable ABI of torch 2.11: one library for it and everything later
-LIMITED_API = "0x030a0000"  # Python 3.10: one library for it and everything later
 DEFAULT_ARCHS = "8.0;9.0a+PTX"
 
 
@@ -41,15 +40,23 @@ def compiler_works():
     return probe.returncode == 0
 
 
+def cuda_home():
+    """The CUDA toolkit's folder: torch looks for it only when it was built for CUDA itself, a CPU build will do."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not home and shutil.which("nvcc"):  # nvcc may be a script or a link: it is asked where its toolkit lies
+        asked = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        home = next((line.partition("TOP=")[2].strip() for line in asked.stderr.splitlines() if "TOP=" in line), None)
+    return os.path.realpath(home) if home and Path(home, "bin", "nvcc").exists() else None
+
+
 def cuda_sources():
     """The CUDA sources to build, and the reason when there are none."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
     if switch("FUSED_RESNET_NO_CUDA"):
         return [], "FUSED_RESNET_NO_CUDA is set"
-    nvcc = CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists()
-    reason = "nvcc was not found (set CUDA_HOME)" if not nvcc else "" if sources else "csrc/cuda holds no sources"
+    reason = (
+        "nvcc was not found (set CUDA_HOME)" if not cuda_home() else "" if sources else "csrc/cuda holds no sources"
+    )
     if reason and switch("FUSED_RESNET_FORCE_CUDA"):
         raise SystemExit(f"fused_resnet: FUSED_RESNET_FORCE_CUDA is set, but {reason}")
     return ([], reason) if reason else (sources, "")
@@ -60,7 +67,7 @@ def extension():
     if switch("FUSED_RESNET_NO_EXT"):
         return give_up("FUSED_RESNET_NO_EXT is set")
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+        from torch.utils import cpp_extension
     except ImportError:
         return give_up("torch is not importable while building (install torch first, then use --no-build-isolation)")
     if not compiler_works():
@@ -70,19 +77,24 @@ def extension():
         print(f"fused_resnet: no CUDA kernels in this build: {reason}", file=sys.stderr)
     else:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+        cpp_extension.CUDA_HOME = cuda_home()
     optimise = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
-    common = [*optimise, "-std=c++20", f"-DTORCH_TARGET_VERSION={ABI_TARGET}", f"-DPy_LIMITED_API={LIMITED_API}"]
+    common = [*optimise, "-std=c++20", f"-DTORCH_TARGET_VERSION={ABI_TARGET}"]
     host = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     device = [*common, "-DUSE_CUDA", "--expt-relaxed-constexpr"]
-    ext = (CUDAExtension if cuda else CppExtension)(
+    ext = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "fused_resnet._C",
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")) + cuda,
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": host + (["-DFUSED_RESNET_CUDA"] if cuda else []), "nvcc": device},
-        py_limited_api=True,
+        py_limited_api=True,  # Python 3.10: one library for it and everything later
     )
 
-    class Build(BuildExtension):
+    ext.library_dirs += [f"{cuda_home()}/{lib}" for lib in ("lib64", "lib") if cuda]
+    # The Stable ABI needs neither c10_cuda nor torch_cuda, which a CPU build of torch does not have.
+    ext.libraries = [name for name in ext.libraries if name not in ("c10_cuda", "torch_cuda")]
+
+    class Build(cpp_extension.BuildExtension):
         """A compiler that fails costs the user the fast path, not the install, unless CUDA was asked for."""
 
         def run(self):

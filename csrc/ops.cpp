@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def("scale_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, int act, Tensor(a!) out) -> ()");
   m.def("add_act_fwd(Tensor x, Tensor residual, int act, Tensor(a!) y) -> ()");
   m.def("add_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? residual, int act, Tensor(a!) dx) -> ()");
-  m.def("conv_supported(int dtype_bits, int C, int K, int[2] kernel, int[2] stride, int[2] dilation) -> bool");
+  m.def("conv_supported(int dtype_bits) -> bool");
   m.def("conv_pack(Tensor weight) -> Tensor");
   m.def(
       "conv_scale_act(Tensor x, Tensor packed, Tensor scale, Tensor shift, Tensor? residual, int[2] kernel, "

@@ -3,8 +3,10 @@
 // Calls body<kN>(index) over the range.
 template <class Body>
 inline void for_elements(std::int64_t begin, std::int64_t end, Body body) {
-  for (; begin + kLanes <= end; begin += kLanes) body.template operator()<kLanes>(begin);
-  for (; begin < end; ++begin) body.template operator()<1>(begin);
+  for (; begin + kLanes <= end; begin += kLanes)
+    body.template operator()<kLanes>(begin);
+  for (; begin < end; ++begin)
+    body.template operator()<1>(begin);
 }
 
 // out = act(x + residual)

@@ -84,7 +84,9 @@ class Workspace {
   std::unique_ptr<float[]> data_;
 };
 
-const float* floats(const std::optional<Tensor>& t) { return static_cast<const float*>(data_or_null(t)); }
+const float* floats(const std::optional<Tensor>& t) {
+  return static_cast<const float*>(data_or_null(t));
+}
 
 float widen(const void* data, std::int64_t i, bool bf16) {
   return bf16 ? std::bit_cast<float>(static_cast<std::uint32_t>(static_cast<const Bf16*>(data)[i].bits) << 16)
@@ -108,7 +110,8 @@ struct Moments {
 // and not the NaN of Inf - Inf; values of 1e38 and of both signs have a mean although their differences overflow.
 Moments plain_moments(const BnActArgs& args, std::int64_t rows, std::int64_t c) {
   double sum = 0.0, squares = 0.0;
-  for (std::int64_t r = 0; r < rows; ++r) sum += widen(args.x, r * args.channels + c, args.bf16);
+  for (std::int64_t r = 0; r < rows; ++r)
+    sum += widen(args.x, r * args.channels + c, args.bf16);
   const double mean = sum / static_cast<double>(rows);
   for (std::int64_t r = 0; r < rows; ++r) {
     const double d = widen(args.x, r * args.channels + c, args.bf16) - mean;
@@ -117,7 +120,9 @@ Moments plain_moments(const BnActArgs& args, std::int64_t rows, std::int64_t c) 
   return {mean, squares / static_cast<double>(rows)};
 }
 
-double inverse_deviation(float var, double eps) { return 1.0 / std::sqrt(static_cast<double>(var) + eps); }
+double inverse_deviation(float var, double eps) {
+  return 1.0 / std::sqrt(static_cast<double>(var) + eps);
+}
 
 }  // namespace
 
@@ -141,7 +146,8 @@ void bn_act_fwd(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bi
   args.stream = worth_streaming(args.out, grid, args.bf16);
   args.shift = shift;
 
-  for (std::int64_t c = 0; c < grid.channels; ++c) centre[c] = widen(args.x, c, args.bf16);
+  for (std::int64_t c = 0; c < grid.channels; ++c)
+    centre[c] = widen(args.x, c, args.bf16);
   const auto statistics = FUSED_RESNET_PICK(bn_statistics);
   grid.for_tiles(false, [&](const BnTile& tile, std::int64_t t) {
     statistics(args, tile, work.partial(t, 0), work.partial(t, 1), work.partial(t, 2));

@@ -8,10 +8,13 @@ constexpr int kMergeBlock = 64;
 template <int kRows, class Body>
 inline void for_channels(std::int64_t row, const BnTile& tile, Body body) {
   std::int64_t c = 0;
-  for (; c + kLanes <= tile.channels; c += kLanes) body.template operator()<kRows, kLanes>(row, tile.channel + c);
+  for (; c + kLanes <= tile.channels; c += kLanes)
+    body.template operator()<kRows, kLanes>(row, tile.channel + c);
   if constexpr (kLanes > 4)
-    for (; c + 4 <= tile.channels; c += 4) body.template operator()<kRows, 4>(row, tile.channel + c);
-  for (; c < tile.channels; ++c) body.template operator()<kRows, 1>(row, tile.channel + c);
+    for (; c + 4 <= tile.channels; c += 4)
+      body.template operator()<kRows, 4>(row, tile.channel + c);
+  for (; c < tile.channels; ++c)
+    body.template operator()<kRows, 1>(row, tile.channel + c);
 }
 
 // Calls body<kRows, kN>(row, channel) over the tile.
@@ -19,8 +22,10 @@ template <class Body>
 inline void for_groups(const BnTile& tile, Body body) {
   const std::int64_t end = tile.row + tile.rows;
   std::int64_t row = tile.row;
-  for (; row + kGroup <= end; row += kGroup) for_channels<kGroup>(row, tile, body);
-  for (; row < end; ++row) for_channels<1>(row, tile, body);
+  for (; row + kGroup <= end; row += kGroup)
+    for_channels<kGroup>(row, tile, body);
+  for (; row < end; ++row)
+    for_channels<1>(row, tile, body);
 }
 
 // total[c] + low[c] = sum of d and m2[c] = sum of (d - mean of d)^2 over the tile, d = x - centre in fp32. The rows of
@@ -31,7 +36,8 @@ void bn_statistics_tile(const BnActArgs& args, const BnTile& tile, float* total,
   const T* x = static_cast<const T*>(args.x);
   const float* centre = args.centre;
   const std::int64_t stride = args.channels, first = tile.row;
-  for (std::int64_t c = tile.channel; c < tile.channel + tile.channels; ++c) total[c] = low[c] = m2[c] = 0.0f;
+  for (std::int64_t c = tile.channel; c < tile.channel + tile.channels; ++c)
+    total[c] = low[c] = m2[c] = 0.0f;
   for_groups(tile, [=]<int kRows, int kN>(std::int64_t row, std::int64_t c) {
     const float before = static_cast<float>(row - first);
     const float inverse = before > 0.0f ? 1.0f / before : 0.0f;
@@ -43,7 +49,8 @@ void bn_statistics_tile(const BnActArgs& args, const BnTile& tile, float* total,
       sum += d[i];
     }
     const Vec<kN> mean = sum * (1.0f / kRows);
-    for (int i = 0; i < kRows; ++i) squares += (d[i] - mean) * (d[i] - mean);
+    for (int i = 0; i < kRows; ++i)
+      squares += (d[i] - mean) * (d[i] - mean);
     const Vec<kN> old = load<kN>(total + c), now = old + sum, added = now - old, delta = mean - old * inverse;
     store<kN>(total + c, now);
     store<kN>(low + c, load<kN>(low + c) + ((old - (now - added)) + (sum - added)));
@@ -61,7 +68,8 @@ inline void bn_statistics(const BnActArgs& args, const BnTile& tile, float* tota
 inline void bn_merge_statistics(const float* total, const float* low, const float* m2, std::int64_t count,
                                 std::int64_t stride, std::int64_t tile_rows, std::int64_t rows, int n, double* out_mean,
                                 double* out_m2) {
-  for (int c = 0; c < n; ++c) out_mean[c] = out_m2[c] = 0.0;
+  for (int c = 0; c < n; ++c)
+    out_mean[c] = out_m2[c] = 0.0;
   for (std::int64_t t = 0; t < count; ++t) {
     const std::int64_t before = t * tile_rows;
     const double here = static_cast<double>(t + 1 < count ? tile_rows : rows - before), inverse = 1.0 / here;
@@ -128,7 +136,8 @@ void bn_reduce_tile(const BnActArgs& args, const BnTile& tile, float* sum_g, flo
   const T* x = static_cast<const T*>(args.x);
   T* dresidual = static_cast<T*>(args.dresidual);
   const std::int64_t stride = args.channels;
-  for (std::int64_t c = tile.channel; c < tile.channel + tile.channels; ++c) sum_g[c] = sum_gx[c] = 0.0f;
+  for (std::int64_t c = tile.channel; c < tile.channel + tile.channels; ++c)
+    sum_g[c] = sum_gx[c] = 0.0f;
   for_groups(tile, [=, in = args]<int kRows, int kN>(std::int64_t row, std::int64_t c) {
     const Vec<kN> m = load<kN>(in.centre + c);
     Vec<kN> g_total{}, gx_total{};
@@ -155,9 +164,11 @@ inline void bn_reduce(const BnActArgs& args, const BnTile& tile, float* sum_g, f
 
 // out[c] = sum over the tiles of partial, in the order of the rows and in fp64, for n <= kMergeBlock channels.
 inline void bn_merge_sums(const float* partial, std::int64_t count, std::int64_t stride, int n, double* out) {
-  for (int c = 0; c < n; ++c) out[c] = 0.0;
+  for (int c = 0; c < n; ++c)
+    out[c] = 0.0;
   for (std::int64_t t = 0; t < count; ++t)
-    for (int c = 0; c < n; ++c) out[c] += partial[t * stride + c];
+    for (int c = 0; c < n; ++c)
+      out[c] += partial[t * stride + c];
 }
 
 // dx = scale * (g - mean_g - (x - centre) * slope)

@@ -5,11 +5,15 @@
 
 namespace fused_resnet::cpu {
 
-constexpr int64_t kPanel = 32;       // output channels that a panel of packed weights holds
-constexpr int64_t kLine = 64;        // bytes of a cache line, and of a row of an AMX tile
-constexpr int64_t kFoldLimit = 64;   // S * C up to which a filter row is treated as one tap (a stem with 3 channels)
+constexpr int64_t kPanel = 32;      // output channels that a panel of packed weights holds
+constexpr int64_t kLine = 64;       // bytes of a cache line, and of a row of an AMX tile
+constexpr int64_t kFoldLimit = 64;  // S * C up to which a filter row is treated as one tap (a stem with 3 channels)
 
 enum Act : int64_t { kNone, kRelu, kRelu6, kHardswish, kSilu };
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 struct ConvShape {
   int64_t n, c, h, w, k, r, s, p, q;
@@ -19,13 +23,13 @@ struct ConvShape {
   int64_t channels;  // depth of a tap as the kernel sees it: C, or S * C folded; bf16 rounds up to 32
   int64_t taps;      // R * S, or R folded
 
-  int64_t panels() const { return (k + kPanel - 1) / kPanel; }
+  int64_t panels() const { return ceil_div(k, kPanel); }
   int64_t panel_bytes() const { return taps * channels * kPanel * element; }
 };
 
 struct ConvArgs {
   const char* x;
-  const char* weight;  // [panels][taps][channels][32]; bf16 pairs channels: [panels][taps][channels / 32][2][16][16][2]
+  const char* weight;  // [panels][taps][channels][32]; bf16 pairs channels: [panels][channels / 32][taps][2][16][16][2]
   const float* scale;
   const float* shift;
   const char* residual;  // null when there is none; may be `out`
@@ -33,8 +37,8 @@ struct ConvArgs {
   int64_t act;
 };
 
-// Pixels that the kernel computes at once: they lie at in, in + pixel_stride, ... and, where their bit in `rows` is set,
-// are written to consecutive output pixels from `out` on.
+// Pixels that the kernel computes at once: they lie at in, in + pixel_stride, ... and, where their bit in `rows` is
+// set, are written to consecutive output pixels from `out` on.
 struct Tile {
   int64_t in;  // bytes from Band::base
   int64_t out;
@@ -44,11 +48,19 @@ struct Tile {
 // The part of the input that a thread works on for all its output channels, small enough to stay in the L2 cache.
 struct Band {
   const char* base;
-  int64_t pixel_stride;     // bytes
+  int64_t pixel_stride;       // bytes
   const int64_t* tap_offset;  // [taps], bytes
   const Tile* tiles;
   int64_t num_tiles;
   int64_t tile_rows;  // pixels of each tile: at most 7 (fp32), 16 (bf16)
 };
+
+// How many tiles go through all the panels before the next ones do. Few keep their input in L1 and write whole pixels;
+// that needs weights that stay in L2. All of them read weights from memory once.
+inline int64_t group_tiles(const ConvShape& shape, const Band& band, int64_t panels) {
+  const int64_t pair_bytes = 2 * band.tile_rows * shape.channels * shape.element;
+  const bool few = shape.taps == 1 && pair_bytes <= (32 << 10) && panels * shape.panel_bytes() <= (1 << 20);
+  return few ? 2 : band.num_tiles + 1;
+}
 
 }  // namespace fused_resnet::cpu

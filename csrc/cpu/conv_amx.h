@@ -5,8 +5,9 @@
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), apply_to = function)
+#pragma clang attribute push(                                                                       \
+    __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
@@ -24,14 +25,6 @@ struct AmxKernel {
   const ConvShape& shape;
   const ConvArgs& args;
 
-  struct Panel {
-    const char* weight;
-    const char* next;    // weights that the following panel needs, fetched to L2 while this one computes
-    int64_t next_lines;  // cache lines of them for each 32 channels
-    __mmask32 lanes;     // channels that exist
-    int64_t k0;
-  };
-
   struct TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -45,58 +38,95 @@ struct AmxKernel {
   static void end_thread() { _tile_release(); }
 
   void run(const Band& band, int64_t panel_begin, int64_t panel_end) const {
-    const int64_t passes = (band.num_tiles + 1) / 2;
-    const int64_t lines = std::max<int64_t>(1, 2 * kTileBytes / kLine / passes);
+    const int64_t passes = (band.num_tiles + 1) / 2, group = group_tiles(shape, band, panel_end - panel_begin) / 2;
+    const int64_t lines = std::max<int64_t>(1, 2 * kTileBytes / kLine / std::min(group, passes));
     const int64_t share = lines * shape.taps * shape.channels / kPanel * kLine;  // bytes that each pass fetches
-    for (int64_t j = panel_begin; j < panel_end; ++j) {
-      const int64_t left = shape.k - j * kPanel;
-      Panel panel{args.weight + j * shape.panel_bytes(), nullptr, 0, 0, j * kPanel};
-      panel.lanes = left >= 32 ? ~0u : (1u << left) - 1;
-      for (int64_t i = 0; i < band.num_tiles; i += 2) {
-        const bool fetch = j + 1 < panel_end && (i / 2 + 1) * share <= shape.panel_bytes();
-        panel.next = panel.weight + shape.panel_bytes() + i / 2 * share;
-        panel.next_lines = fetch ? lines : 0;
-        if (i + 1 < band.num_tiles)
-          compute<2>(band, band.tiles + i, panel);
-        else
-          compute<1>(band, band.tiles + i, panel);
+    alignas(64) float sums[2][2 * kMaxTile][kPanel];
+    Pending pending{};
+    int64_t pass = 0;
+    for (int64_t first = 0; first < passes; first += group)
+      for (int64_t j = panel_begin; j < panel_end; ++j) {
+        const int64_t left = shape.k - j * kPanel;
+        const __mmask32 lanes = left >= 32 ? ~0u : (1u << left) - 1;
+        for (int64_t i = first; i < std::min(first + group, passes); ++i, ++pass) {
+          const Tile* tiles = band.tiles + 2 * i;
+          const bool pair = 2 * i + 1 < band.num_tiles;
+          const bool fetch = j + 1 < panel_end && (i + 1) * share <= shape.panel_bytes();
+          const char* weight = args.weight + j * shape.panel_bytes();
+          const Next next{weight + shape.panel_bytes() + i * share, fetch ? lines : 0};
+          const Pending current = begin(tiles, pair ? 2 : 1, j * kPanel, lanes, sums[pass % 2]);
+          pair ? multiply<2>(band, tiles, weight, next, sums[pass % 2], pending)
+               : multiply<1>(band, tiles, weight, next, sums[pass % 2], pending);
+          store(pending, 2 * kMaxTile);
+          pending = current;
+        }
       }
-    }
+    store(pending, 2 * kMaxTile);
   }
 
  private:
+  struct Next {
+    const char* weight;  // of the following panel, fetched to L2 while this one computes
+    int64_t lines;       // cache lines of it for each step
+  };
+
+  // Sums that wait to be scaled and written: that happens between the steps of the next pass, while its tiles multiply.
+  struct Pending {
+    const float (*sums)[kPanel];
+    uint32_t rows;    // that are left: bits 0 to 15 of the first tile, 16 to 31 of the second
+    __mmask32 lanes;  // channels that exist
+    int64_t k0;
+    int64_t at[2];  // bytes from the output to the next row of each tile
+  };
+
+  // The residual and the output are fetched now and used a pass later.
+  Pending begin(const Tile* tiles, int count, int64_t k0, __mmask32 lanes, const float (*sums)[kPanel]) const {
+    Pending p{sums, 0, lanes, k0, {}};
+    const bool apart = args.residual && args.residual != args.out;
+    for (int t = 0; t < count; ++t) {
+      p.rows |= tiles[t].rows << (16 * t);
+      p.at[t] = (tiles[t].out * shape.k + k0) * 2;
+      int64_t at = p.at[t];
+      for (int m = __builtin_popcount(tiles[t].rows); m > 0; --m, at += shape.k * 2) {
+        __builtin_prefetch(args.out + at, 1, 3);
+        if (apart) __builtin_prefetch(args.residual + at, 0, 3);
+      }
+    }
+    return p;
+  }
+
   template <int kTiles>
-  void compute(const Band& band, const Tile* tiles, const Panel& panel) const {
-    alignas(64) float sums[kTiles * 16][kPanel];
+  void multiply(const Band& band, const Tile* tiles, const char* w, Next next, float (*sums)[kPanel],
+                Pending& pending) const {
     const int64_t stride = band.pixel_stride;
-    const char* w = panel.weight;
-    const char* next = panel.next;
+    const int64_t rows_per_step = ceil_div(2 * kMaxTile * kPanel, shape.taps * shape.channels);
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (kTiles == 2) {
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int64_t tap = 0; tap < shape.taps; ++tap) {
-      const char* a = band.base + tiles[0].in + band.tap_offset[tap];
-      const char* b = band.base + tiles[kTiles - 1].in + band.tap_offset[tap];
-      for (int64_t c = 0; c < shape.channels; c += kPanel) {
-        _tile_loadd(4, a, stride);
+    // Taps inside channels: neighbouring taps read the same pixels, which L1 then still holds.
+    const char* a = band.base + tiles[0].in;
+    const char* b = band.base + tiles[kTiles - 1].in;
+    for (int64_t c = 0; c < shape.channels; c += kPanel, a += kLine, b += kLine)
+      for (int64_t tap = 0; tap < shape.taps; ++tap) {
+        const int64_t offset = band.tap_offset[tap];
+        _tile_loadd(4, a + offset, stride);
         _tile_loadd(6, w, kLine);
         _tile_loadd(7, w + kTileBytes, kLine);
-        if constexpr (kTiles == 2) _tile_loadd(5, b, stride);
+        if constexpr (kTiles == 2) _tile_loadd(5, b + offset, stride);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if constexpr (kTiles == 2) {
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
         }
-        for (int64_t i = 0; i < panel.next_lines; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
+        for (int64_t i = 0; i < next.lines; ++i, next.weight += kLine)
+          __builtin_prefetch(next.weight, 0, 2);
+        store(pending, rows_per_step);
         w += 2 * kTileBytes;
-        a += kLine;
-        b += kLine;
       }
-    }
     constexpr int64_t kRow = kPanel * sizeof(float);
     _tile_stored(0, sums[0], kRow);
     _tile_stored(1, sums[0] + 16, kRow);
@@ -104,38 +134,39 @@ struct AmxKernel {
       _tile_stored(2, sums[16], kRow);
       _tile_stored(3, sums[16] + 16, kRow);
     }
-    for (int t = 0; t < kTiles; ++t) store(sums + 16 * t, tiles[t], panel);
   }
 
-  void store(const float (*sums)[kPanel], const Tile& tile, const Panel& panel) const {
-    const __mmask16 low = static_cast<__mmask16>(panel.lanes), high = static_cast<__mmask16>(panel.lanes >> 16);
-    const __m512 scale0 = _mm512_maskz_loadu_ps(low, args.scale + panel.k0);
-    const __m512 scale1 = _mm512_maskz_loadu_ps(high, args.scale + panel.k0 + 16);
-    const __m512 shift0 = _mm512_maskz_loadu_ps(low, args.shift + panel.k0);
-    const __m512 shift1 = _mm512_maskz_loadu_ps(high, args.shift + panel.k0 + 16);
-    int64_t at = (tile.out * shape.k + panel.k0) * 2;
-    for (int m = 0; m < kMaxTile; ++m) {
-      if (!(tile.rows >> m & 1)) continue;
-      __m512 y0 = _mm512_fmadd_ps(_mm512_load_ps(sums[m]), scale0, shift0);
-      __m512 y1 = _mm512_fmadd_ps(_mm512_load_ps(sums[m] + 16), scale1, shift1);
+  void store(Pending& p, int64_t count) const {
+    if (p.rows == 0) return;
+    const __mmask16 lanes0 = static_cast<__mmask16>(p.lanes), lanes1 = static_cast<__mmask16>(p.lanes >> 16);
+    const __m512 scale0 = _mm512_maskz_loadu_ps(lanes0, args.scale + p.k0);
+    const __m512 scale1 = _mm512_maskz_loadu_ps(lanes1, args.scale + p.k0 + 16);
+    const __m512 shift0 = _mm512_maskz_loadu_ps(lanes0, args.shift + p.k0);
+    const __m512 shift1 = _mm512_maskz_loadu_ps(lanes1, args.shift + p.k0 + 16);
+    const Clamp clamp(args.act);
+    for (; count > 0 && p.rows != 0; --count, p.rows &= p.rows - 1) {
+      const int m = __builtin_ctz(p.rows);
+      int64_t& at = p.at[m / 16];
+      __m512 y0 = _mm512_fmadd_ps(_mm512_load_ps(p.sums[m]), scale0, shift0);
+      __m512 y1 = _mm512_fmadd_ps(_mm512_load_ps(p.sums[m] + 16), scale1, shift1);
       if (args.residual) {
-        const __m512i r = _mm512_maskz_loadu_epi16(panel.lanes, args.residual + at);
+        const __m512i r = _mm512_maskz_loadu_epi16(p.lanes, args.residual + at);
         y0 = _mm512_add_ps(y0, widen(_mm512_castsi512_si256(r)));
         y1 = _mm512_add_ps(y1, widen(_mm512_extracti64x4_epi64(r, 1)));
       }
-      y0 = activate(y0, args.act);
-      y1 = activate(y1, args.act);
-      const __m512bh y = _mm512_cvtne2ps_pbh(y1, y0);
+      if (args.act > kRelu6) {
+        y0 = activate(y0, args.act);
+        y1 = activate(y1, args.act);
+      }
+      const __m512bh y = _mm512_cvtne2ps_pbh(clamp(y1), clamp(y0));
       __m512i bits;
       std::memcpy(&bits, &y, sizeof(bits));
-      _mm512_mask_storeu_epi16(args.out + at, panel.lanes, bits);
+      _mm512_mask_storeu_epi16(args.out + at, p.lanes, bits);
       at += shape.k * 2;
     }
   }
 
-  static __m512 widen(__m256i bf16) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
-  }
+  static __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 };
 
 }  // namespace fused_resnet::cpu

@@ -28,37 +28,39 @@ inline __m512 exp512(__m512 x) {
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
   __m512 y = _mm512_set1_ps(1.f / 720);
-  for (float c : {1.f / 120, 1.f / 24, 1.f / 6, .5f, 1.f, 1.f}) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+  for (float c : {1.f / 120, 1.f / 24, 1.f / 6, .5f, 1.f, 1.f})
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
   return _mm512_scalef_ps(y, n);
 }
 
+// none, relu and relu6, with bounds that are infinite or not. NaN passes: max and min return their second operand.
+struct Clamp {
+  explicit Clamp(int64_t act)
+      : low(_mm512_set1_ps(act == kRelu || act == kRelu6 ? 0.f : -__builtin_inff())),
+        high(_mm512_set1_ps(act == kRelu6 ? 6.f : __builtin_inff())) {}
+  __m512 operator()(__m512 x) const { return _mm512_min_ps(high, _mm512_max_ps(low, x)); }
+  __m512 low, high;
+};
+
+// hardswish or silu
 inline __m512 activate(__m512 x, int64_t act) {
   const __m512 zero = _mm512_setzero_ps(), six = _mm512_set1_ps(6.f);
-  switch (act) {
-    case kRelu:
-      return _mm512_max_ps(zero, x);
-    case kRelu6:
-      return _mm512_min_ps(six, _mm512_max_ps(zero, x));
-    case kHardswish: {
-      const __m512 gate = _mm512_min_ps(six, _mm512_max_ps(zero, _mm512_add_ps(x, _mm512_set1_ps(3.f))));
-      return _mm512_mul_ps(x, _mm512_mul_ps(gate, _mm512_set1_ps(1.f / 6)));
-    }
-    case kSilu:
-      return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.f), exp512(_mm512_sub_ps(zero, x))));
-    default:
-      return x;
-  }
+  if (act == kSilu) return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.f), exp512(_mm512_sub_ps(zero, x))));
+  const __m512 gate = _mm512_min_ps(six, _mm512_max_ps(zero, _mm512_add_ps(x, _mm512_set1_ps(3.f))));
+  return _mm512_mul_ps(x, _mm512_mul_ps(gate, _mm512_set1_ps(1.f / 6)));
 }
 
 // Copies `bytes` and zeroes what is left of `padded`, a multiple of 64 unless it equals `bytes`.
 inline void copy_padded(char* dst, const char* src, int64_t bytes, int64_t padded) {
   int64_t i = 0;
-  for (; i + kLine <= bytes; i += kLine) _mm512_storeu_si512(dst + i, _mm512_loadu_si512(src + i));
+  for (; i + kLine <= bytes; i += kLine)
+    _mm512_storeu_si512(dst + i, _mm512_loadu_si512(src + i));
   if (i == padded) return;
   const __mmask64 tail = (1ull << (bytes - i)) - 1;
   if (padded == bytes) return _mm512_mask_storeu_epi8(dst + i, tail, _mm512_maskz_loadu_epi8(tail, src + i));
   _mm512_storeu_si512(dst + i, _mm512_maskz_loadu_epi8(tail, src + i));
-  for (i += kLine; i < padded; i += kLine) _mm512_storeu_si512(dst + i, _mm512_setzero_si512());
+  for (i += kLine; i < padded; i += kLine)
+    _mm512_storeu_si512(dst + i, _mm512_setzero_si512());
 }
 
 // out[m, k] = act(sum_{t, c} x[m, t, c] w[t, c, k] * scale[k] + shift[k] + residual[m, k])
@@ -72,9 +74,9 @@ struct Avx512Kernel {
 
   struct Panel {
     const float* weight;
-    const char* next;     // weights that the following panel needs, fetched to L2 while this one computes
-    int64_t next_step;    // bytes of them for each channel
-    __mmask16 lanes[2];   // channels that exist
+    const char* next;    // weights that the following panel needs, fetched to L2 while this one computes
+    int64_t next_step;   // bytes of them for each channel
+    __mmask16 lanes[2];  // channels that exist
     int64_t k0;
   };
 
@@ -82,23 +84,24 @@ struct Avx512Kernel {
   static void end_thread() {}
 
   void run(const Band& band, int64_t panel_begin, int64_t panel_end) const {
-    const int64_t passes = (band.num_tiles + 1) / 2;
-    const int64_t spread = passes >= 8 ? 8 : passes >= 4 ? 4 : passes >= 2 ? 2 : 1;  // passes that share the fetching
-    for (int64_t j = panel_begin; j < panel_end; ++j) {
-      const int64_t left = shape.k - j * kPanel;
-      Panel panel{reinterpret_cast<const float*>(args.weight + j * shape.panel_bytes()), nullptr, 0, {}, j * kPanel};
-      panel.lanes[0] = left >= 16 ? 0xffff : (1u << left) - 1;
-      panel.lanes[1] = left >= 32 ? 0xffff : left > 16 ? (1u << (left - 16)) - 1 : 0;
-      const char* following = args.weight + (j + 1) * shape.panel_bytes();
-      for (int64_t i = 0; i < band.num_tiles; i += 2) {
-        const bool fetch = j + 1 < panel_end && i / 2 < spread;
-        panel.next = fetch ? following + i / 2 * shape.panel_bytes() / spread
-                           : reinterpret_cast<const char*>(panel.weight);
-        panel.next_step = fetch ? 2 * kLine / spread : 0;
-        const bool pair = i + 1 < band.num_tiles;
-        (pair ? kTable2 : kTable1)[band.tile_rows](*this, band, band.tiles + i, panel);
+    const int64_t passes = (band.num_tiles + 1) / 2, group = group_tiles(shape, band, panel_end - panel_begin) / 2;
+    const int64_t sharing = std::min(group, passes);
+    const int64_t spread = sharing >= 8 ? 8 : sharing >= 4 ? 4 : sharing >= 2 ? 2 : 1;  // passes that fetch
+    for (int64_t first = 0; first < passes; first += group)
+      for (int64_t j = panel_begin; j < panel_end; ++j) {
+        const int64_t left = shape.k - j * kPanel;
+        const char* weight = args.weight + j * shape.panel_bytes();
+        Panel panel{reinterpret_cast<const float*>(weight), nullptr, 0, {}, j * kPanel};
+        panel.lanes[0] = left >= 16 ? 0xffff : (1u << left) - 1;
+        panel.lanes[1] = left >= 32 ? 0xffff : left > 16 ? (1u << (left - 16)) - 1 : 0;
+        for (int64_t i = first; i < std::min(first + group, passes); ++i) {
+          const bool fetch = j + 1 < panel_end && i < spread;
+          panel.next = fetch ? weight + shape.panel_bytes() + i * shape.panel_bytes() / spread : weight;
+          panel.next_step = fetch ? 2 * kLine / spread : 0;
+          const bool pair = 2 * i + 1 < band.num_tiles;
+          (pair ? kTable2 : kTable1)[band.tile_rows](*this, band, band.tiles + 2 * i, panel);
+        }
       }
-    }
   }
 
  private:
@@ -110,10 +113,12 @@ struct Avx512Kernel {
 #pragma GCC unroll 16
     for (int t = 0; t < kTiles; ++t)
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) acc[t][m][0] = acc[t][m][1] = _mm512_setzero_ps();
+      for (int m = 0; m < M; ++m)
+        acc[t][m][0] = acc[t][m][1] = _mm512_setzero_ps();
     self.prefetch_tiles<M, kTiles>(tiles, panel);
     int64_t offset[M];
-    for (int m = 0; m < M; ++m) offset[m] = m * band.pixel_stride;
+    for (int m = 0; m < M; ++m)
+      offset[m] = m * band.pixel_stride;
     const float* w = panel.weight;
     const char* next = panel.next;
     for (int64_t tap = 0; tap < self.shape.taps; ++tap) {
@@ -159,10 +164,7 @@ struct Avx512Kernel {
 
   template <int M, int kTiles>
   void store(__m512 (&acc)[kTiles][M][2], const Tile* tiles, const Panel& panel) const {
-    // none, relu and relu6 are one clamp; the others run over the finished rows once more.
-    const float inf = __builtin_inff();
-    const __m512 low = _mm512_set1_ps(args.act == kRelu || args.act == kRelu6 ? 0.f : -inf);
-    const __m512 high = _mm512_set1_ps(args.act == kRelu6 ? 6.f : inf);
+    const Clamp clamp(args.act);  // hardswish and silu run over the finished rows once more
     const float* residual = reinterpret_cast<const float*>(args.residual);
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
@@ -181,14 +183,14 @@ struct Avx512Kernel {
           float* out = reinterpret_cast<float*>(args.out) + at;
           __m512 y = _mm512_fmadd_ps(acc[t][m][v], scale, shift);
           if (residual) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(lanes, residual + at));
-          y = _mm512_min_ps(high, _mm512_max_ps(low, y));
-          _mm512_mask_storeu_ps(out, lanes, y);
+          _mm512_mask_storeu_ps(out, lanes, clamp(y));
           at += shape.k;
         }
       }
     }
     if (args.act > kRelu6)
-      for (int t = 0; t < kTiles; ++t) activate_rows(tiles[t], panel);
+      for (int t = 0; t < kTiles; ++t)
+        activate_rows(tiles[t], panel);
   }
 
   __attribute__((noinline)) void activate_rows(const Tile& tile, const Panel& panel) const {
@@ -200,9 +202,9 @@ struct Avx512Kernel {
       }
   }
 
-  static constexpr Fn kTable1[] = {nullptr,        compute<1, 1>, compute<2, 1>, compute<3, 1>,
+  static constexpr Fn kTable1[] = {nullptr,       compute<1, 1>, compute<2, 1>, compute<3, 1>,
                                    compute<4, 1>, compute<5, 1>, compute<6, 1>, compute<7, 1>};
-  static constexpr Fn kTable2[] = {nullptr,        compute<1, 2>, compute<2, 2>, compute<3, 2>,
+  static constexpr Fn kTable2[] = {nullptr,       compute<1, 2>, compute<2, 2>, compute<3, 2>,
                                    compute<4, 2>, compute<5, 2>, compute<6, 2>, compute<7, 2>};
 };
 

@@ -10,6 +10,7 @@
 #if defined(__x86_64__)
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #if defined(__clang__)
@@ -20,8 +21,6 @@
 #endif
 
 namespace fused_resnet::cpu {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Layout {
   struct Plane {
@@ -87,6 +86,7 @@ class Scratch {
     if (bytes > capacity_) {
       capacity_ = ceil_div(bytes, kGrain) * kGrain;
       data_.reset(static_cast<char*>(std::aligned_alloc(kGrain, capacity_)));
+      if (!data_) capacity_ = 0, throw std::bad_alloc();
       advise_huge_pages(data_.get(), capacity_);
     }
     return data_.get();
@@ -114,7 +114,8 @@ class BandBuilder {
     const int64_t images = (end - 1) / g_.p - begin / g_.p + 1;
     const int64_t plane_rows = end - begin + images * l_.extra_rows;
     const int64_t plane_bytes = plane_rows * l_.pitch * l_.pixel_stride;
-    const int64_t slack = (l_.cols + 2 * kMaxTile) * l_.pixel_stride;  // the last row's zeros, the last tile's idle rows
+    const int64_t slack =
+        (l_.cols + 2 * kMaxTile) * l_.pixel_stride;  // the last row's zeros, the last tile's idle rows
     const int64_t planes = l_.planes.size(), line_bytes = g_.fold ? line_columns() * g_.c * g_.element + kLine : 0;
     char* base = scratch_.reserve(planes * plane_bytes + slack + line_bytes);
     char* line = base + planes * plane_bytes + slack;
@@ -141,7 +142,8 @@ class BandBuilder {
       for (int64_t s = 0; s < (g_.fold ? 1 : g_.s); ++s) {
         const int64_t y = r * g_.dilation_h, x = s * g_.dilation_w;
         int64_t plane = 0;
-        while (l_.planes[plane].row_phase != y % g_.stride_h || l_.planes[plane].col_phase != x % g_.stride_w) ++plane;
+        while (l_.planes[plane].row_phase != y % g_.stride_h || l_.planes[plane].col_phase != x % g_.stride_w)
+          ++plane;
         const int64_t pixel = y / g_.stride_h * l_.pitch + x / g_.stride_w;
         scratch_.tap_offset.push_back(plane * plane_bytes + pixel * l_.pixel_stride);
       }
@@ -154,7 +156,8 @@ class BandBuilder {
       if (kMaxTile == 16)
         flat_tiles(row * l_.pitch, out, p1 - p0);
       else
-        for (int64_t p = 0; p < p1 - p0; ++p) row_tiles((row + p) * l_.pitch, out + p * g_.q, g_.q, size);
+        for (int64_t p = 0; p < p1 - p0; ++p)
+          row_tiles((row + p) * l_.pitch, out + p * g_.q, g_.q, size);
       row += p1 - p0 + l_.extra_rows;
     });
     return band(base, size);
@@ -179,8 +182,12 @@ class BandBuilder {
 
  private:
   Band band(const char* base, int64_t tile_rows) const {
-    return {base, l_.pixel_stride, scratch_.tap_offset.data(), scratch_.tiles.data(),
-            static_cast<int64_t>(scratch_.tiles.size()), tile_rows};
+    return {base,
+            l_.pixel_stride,
+            scratch_.tap_offset.data(),
+            scratch_.tiles.data(),
+            static_cast<int64_t>(scratch_.tiles.size()),
+            tile_rows};
   }
 
   template <class F>
@@ -247,7 +254,8 @@ class BandBuilder {
         continue;
       }
       std::memset(dst, 0, l_.pixel_bytes);
-      for (int64_t s = 0; s < g_.s; ++s) std::memcpy(dst + s * c_bytes, src + s * g_.dilation_w * c_bytes, c_bytes);
+      for (int64_t s = 0; s < g_.s; ++s)
+        std::memcpy(dst + s * c_bytes, src + s * g_.dilation_w * c_bytes, c_bytes);
     }
   }
 

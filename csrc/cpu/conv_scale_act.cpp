@@ -16,6 +16,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBandBytes = 768 << 10;  // of the 2 MB of L2; two panels of weights take up to as much again
+constexpr int64_t kHugeOutput = 4 << 20;   // bytes from which a fresh output is worth large pages
 
 // Depth and number of the taps that the kernels see; the packed weights depend on nothing else.
 void set_depth(ConvShape& g) {
@@ -25,14 +26,16 @@ void set_depth(ConvShape& g) {
   g.taps = g.fold ? g.r : g.r * g.s;
 }
 
-bool has_kernel(int64_t element) { return isa() >= (element == 4 ? Isa::kAvx512 : Isa::kAmx); }
+bool has_kernel(int64_t element) {
+  return isa() >= (element == 4 ? Isa::kAvx512 : Isa::kAmx);
+}
 
 // Where weight [k, c, r, s] lies in the packed tensor.
 int64_t packed_index(const ConvShape& g, int64_t k, int64_t c, int64_t r, int64_t s) {
   const int64_t tap = g.fold ? r : r * g.s + s, depth = g.fold ? s * g.c + c : c, lane = k % kPanel;
-  const int64_t block = (k / kPanel * g.taps + tap) * g.channels;
-  if (g.element == 4) return (block + depth) * kPanel + lane;
-  const int64_t tile = (block / 32 + depth / 32) * 2 + lane / 16;
+  const int64_t panel = k / kPanel;
+  if (g.element == 4) return ((panel * g.taps + tap) * g.channels + depth) * kPanel + lane;
+  const int64_t tile = ((panel * g.channels / 32 + depth / 32) * g.taps + tap) * 2 + lane / 16;
   return ((tile * 16 + depth % 32 / 2) * 16 + lane % 16) * 2 + depth % 2;
 }
 
@@ -45,8 +48,7 @@ void pack(const ConvShape& g, const T* weight, const int64_t* stride, T* packed)
       for (int64_t r = 0; r < g.r; ++r)
         for (int64_t s = 0; s < g.s; ++s)
           for (int64_t c = 0; c < g.c; ++c)
-            packed[packed_index(g, k, c, r, s)] =
-                weight[k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]];
+            packed[packed_index(g, k, c, r, s)] = weight[k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]];
   });
 }
 
@@ -124,9 +126,8 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-bool conv_supported(int64_t dtype_bits, int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>,
-                    std::vector<int64_t>) {
-  return (dtype_bits == 32 || dtype_bits == 16) && has_kernel(dtype_bits / 8);
+bool conv_supported(int64_t dtype_bits) {
+  return (dtype_bits == 32 || dtype_bits == 16) && has_kernel(dtype_bits / 8) && c > 0 && k > 0;
 }
 
 Tensor conv_pack(const Tensor& weight) {
@@ -159,17 +160,19 @@ void conv_scale_act(const Tensor& x, const Tensor& packed, const Tensor& scale, 
   STD_TORCH_CHECK((fp32 || x.scalar_type() == ScalarType::BFloat16) && x.scalar_type() == out.scalar_type() &&
                       x.scalar_type() == packed.scalar_type() && has_kernel(fp32 ? 4 : 2),
                   "conv_scale_act: no kernel for this dtype on this processor");
+  for (const auto* pair : {&kernel, &stride, &padding, &dilation})
+    STD_TORCH_CHECK(pair->size() == 2 && std::min((*pair)[0], (*pair)[1]) >= (pair == &padding ? 0 : 1),
+                    "conv_scale_act: kernel, stride, padding and dilation are two numbers each");
   const auto in = x.sizes(), size = out.sizes();
-  ConvShape g{in[0],      in[1],      in[2],       in[3],       size[1],     kernel[0],   kernel[1],
-              size[2],    size[3],    stride[0],   stride[1],   padding[0],  padding[1],  dilation[0],
-              dilation[1], fp32 ? 4 : 2};
+  ConvShape g{in[0],   in[1],     in[2],     in[3],      size[1],    kernel[0],   kernel[1],   size[2],
+              size[3], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], fp32 ? 4 : 2};
   set_depth(g);
   const auto extent = [](int64_t n, int64_t pad, int64_t dil, int64_t taps, int64_t step) {
     return (n + 2 * pad - dil * (taps - 1) - 1) / step + 1;
   };
-  STD_TORCH_CHECK(in[0] == size[0] && g.p == extent(g.h, g.pad_h, g.dilation_h, g.r, g.stride_h) &&
+  STD_TORCH_CHECK(in[0] == size[0] && g.c > 0 && g.p == extent(g.h, g.pad_h, g.dilation_h, g.r, g.stride_h) &&
                       g.q == extent(g.w, g.pad_w, g.dilation_w, g.s, g.stride_w),
-                  "conv_scale_act: out has the wrong size");
+                  "conv_scale_act: x has no channels or out the wrong size");
   STD_TORCH_CHECK(packed.numel() * g.element == g.panels() * g.panel_bytes(), "conv_scale_act: packed does not fit");
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && shift.scalar_type() == ScalarType::Float &&
                       scale.numel() == g.k && shift.numel() == g.k && scale.is_contiguous() && shift.is_contiguous(),
@@ -182,13 +185,14 @@ void conv_scale_act(const Tensor& x, const Tensor& packed, const Tensor& scale, 
     g.h = g.p = g.n * g.h;
     g.n = 1;
   }
-  const ConvArgs args{static_cast<const char*>(x.const_data_ptr()),
-                      static_cast<const char*>(packed.const_data_ptr()),
-                      static_cast<const float*>(scale.const_data_ptr()),
-                      static_cast<const float*>(shift.const_data_ptr()),
-                      residual ? static_cast<const char*>(residual->const_data_ptr()) : nullptr,
-                      static_cast<char*>(out.mutable_data_ptr()),
-                      act};
+  [[maybe_unused]] const ConvArgs args{static_cast<const char*>(x.const_data_ptr()),
+                                       static_cast<const char*>(packed.const_data_ptr()),
+                                       static_cast<const float*>(scale.const_data_ptr()),
+                                       static_cast<const float*>(shift.const_data_ptr()),
+                                       residual ? static_cast<const char*>(residual->const_data_ptr()) : nullptr,
+                                       static_cast<char*>(out.mutable_data_ptr()),
+                                       act};
+  if (out.numel() * g.element >= kHugeOutput) advise_huge_pages(args.out, out.numel() * g.element);
 #if defined(__x86_64__)
   fp32 ? run<Avx512Kernel>(g, args) : run<AmxKernel>(g, args);
 #endif

@@ -11,8 +11,7 @@
 namespace fused_resnet::cpu {
 
 // Whether this processor and build have a kernel: fp32 needs AVX-512, bf16 needs AMX.
-bool conv_supported(int64_t dtype_bits, int64_t c, int64_t k, std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                    std::vector<int64_t> dilation);
+bool conv_supported(int64_t dtype_bits);
 
 // weight [K, C, R, S], fp32 or bf16 -> panels of 32 output channels, filled up with zeros.
 torch::stable::Tensor conv_pack(const torch::stable::Tensor& weight);

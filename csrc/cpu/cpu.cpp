@@ -30,8 +30,8 @@ Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kScalar;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
-      !__builtin_cpu_supports("avx512dq"))
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return Isa::kAvx2;
   if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
   unsigned a = 7, b = 0, c = 0, d = 0;
@@ -58,6 +58,8 @@ Isa isa() {
   return value;
 }
 
-std::string cpu_capability() { return kNames[static_cast<int>(isa())]; }
+std::string cpu_capability() {
+  return kNames[static_cast<int>(isa())];
+}
 
 }  // namespace fused_resnet::cpu

@@ -58,7 +58,7 @@ def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> 
     if op != "conv_scale_act":
         missing = extension_missing()
         return f"{missing}; install with a C++ compiler: pip install --no-build-isolation ." if missing else ""
-    if engine_takes(x.dtype, weight.shape, args):
+    if engine_takes(x.dtype, args):
         return ""
     if not onednn_convolution() or not torch.backends.mkldnn.enabled:
         return "no fast convolution for it here, and oneDNN is missing or switched off"
@@ -66,23 +66,19 @@ def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> 
 
 
 @cache
-def _engine_takes(dtype, channels, kernel, stride, dilation, out_channels) -> bool:
-    bits = 32 if dtype == torch.float32 else 16
-    return torch.ops.fused_resnet_C.conv_supported(bits, channels, out_channels, kernel, stride, dilation)
+def _engine_has(dtype: torch.dtype) -> bool:
+    return not extension_missing() and torch.ops.fused_resnet_C.conv_supported(dtype.itemsize * 8)
 
 
-def engine_takes(dtype: torch.dtype, weight_shape, args) -> bool:
+def engine_takes(dtype: torch.dtype, args) -> bool:
     """Whether csrc/cpu has a convolution for this problem on this processor."""
-    if args.groups != 1 or extension_missing():
-        return False
-    k, c, r, s = weight_shape
-    return _engine_takes(dtype, c, (r, s), args.stride, args.dilation, k)
+    return args.groups == 1 and _engine_has(dtype)
 
 
 def conv_scale_act(x, weight, scale, shift, residual, args, act):
     x = channels_last(x)
     residual = _optional(residual)
-    if engine_takes(x.dtype, weight.shape, args):
+    if engine_takes(x.dtype, args):
         return _conv_engine(x, weight, scale, shift, residual, args, act)
     return _conv_onednn(x, weight, scale, shift, residual, args, act)
 
@@ -174,13 +170,13 @@ def bn_act(x, weight, bias, residual, eps, act):
 
 
 def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs):
-    x, smooth = channels_last(x), act in ("hardswish", "silu")
+    x = channels_last(x)
     nothing = x.new_empty(0)
     d_x = torch.empty_like(x) if needs[0] else None
     d_residual = torch.empty_like(x) if needs[3] else None
     d_weight, d_bias = torch.empty_like(mean), torch.empty_like(mean)
     torch.ops.fused_resnet_C.bn_act_bwd(
-        channels_last(grad), x, None if smooth else y, _optional(residual) if smooth else None,
+        channels_last(grad), x, y, _optional(residual),
         _vector(weight), _vector(bias), mean, var, eps, ACT_CODES[act], d_x, d_weight, d_bias, d_residual,
     )  # fmt: skip
     return nothing if d_x is None else d_x, d_weight, d_bias, nothing if d_residual is None else d_residual

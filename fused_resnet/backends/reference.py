@@ -128,13 +128,12 @@ def bn_act(x, weight, bias, residual, eps, act):
 def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs):
     x_hat = normalise(x, mean, var, eps)
     pre = None
-    if act in ("hardswish", "silu"):
-        pre = affine(
-            x_hat,
-            torch.ones_like(mean) if weight is None else weight,
-            torch.zeros_like(mean) if bias is None else bias,
-            residual,
-        )
+    if y is None and act != "none":
+        ones = torch.ones_like(mean) if weight is None else weight
+        zeros = torch.zeros_like(mean) if bias is None else bias
+        pre = affine(x_hat, ones, zeros, residual)
+        if act in ("relu", "relu6"):
+            y = act_forward(pre, act).to(x.dtype)  # rounded as the forward's, for the same pieces
     grad = act_backward(grad.to(wide(x)), y, pre, act)
     d_bias, d_weight = channel_sum(grad), channel_sum(grad, x_hat)
     nothing = x.new_empty(0)

@@ -6,6 +6,7 @@ from torch import Tensor
 from fused_resnet.backends import reference
 from fused_resnet.ops import checks
 from fused_resnet.ops.library import (
+    SMOOTH,
     autocast,
     autograd,
     chosen,
@@ -49,7 +50,7 @@ def _fake(x, residual, act, backend):
 def _setup_context(ctx, inputs, output):
     x, residual, ctx.act, backend = inputs
     ctx.backend = chosen(backend)
-    smooth = ctx.act in ("hardswish", "silu")
+    smooth = ctx.act in SMOOTH
     ctx.save_for_backward(*((x, residual) if smooth else (None, None)), output)
 
 

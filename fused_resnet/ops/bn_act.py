@@ -10,11 +10,14 @@ from torch import Tensor
 from fused_resnet.backends import reference
 from fused_resnet.ops import checks
 from fused_resnet.ops.library import (
+    SMOOTH,
     autocast,
     autograd,
     chosen,
     define,
     empty_channels_last,
+    kept_for_act,
+    peel_act,
     second_order,
     select,
 )
@@ -154,15 +157,22 @@ def _setup_context(ctx, inputs, output):
     ctx.backend = chosen(backend)
     y, mean, var = output
     ctx.mark_non_differentiable(mean, var)
-    ctx.save_for_backward(x, weight, bias, residual, y, mean, var)
+    ctx.save_for_backward(x, weight, bias, *kept_for_bn_act(ctx.act, residual, y), mean, var)
+
+
+def kept_for_bn_act(act: str, residual: Tensor | None, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """As `kept_for_act`; without a residual the output is computed again from x, which is read in any case."""
+    return (None, None) if residual is None else kept_for_act(act, residual, y)
 
 
 def _backward(ctx, grad, _mean, _var):
     x, weight, bias, residual, y, mean, var = ctx.saved_tensors
     if torch.is_grad_enabled():
-        inputs = [x, weight, bias, residual]
-        found = second_order(lambda *t: reference.bn_act(*t, ctx.eps, ctx.act)[0], inputs, grad)
-        return *found, None, None, None
+        grad, act = peel_act(grad, y, ctx.act)
+        *found, d_residual = second_order(
+            lambda *t: reference.bn_act(*t, ctx.eps, act)[0], [x, weight, bias, residual], grad
+        )
+        return *found, grad if residual is None and ctx.needs_input_grad[3] else d_residual, None, None, None
     needs = ctx.needs_input_grad[:4]
     grads = bn_act_backward(grad, x, y, weight, bias, residual, mean, var, ctx.eps, ctx.act, needs, ctx.backend)
     return *grads, None, None, None
@@ -218,17 +228,17 @@ def _scale_fake(x, scale, shift, residual, act, backend):
 
 def _scale_setup_context(ctx, inputs, output):
     x, scale, shift, residual, ctx.act, _ = inputs
-    ctx.save_for_backward(x, scale, shift, residual, output)
+    ctx.save_for_backward(x, scale, shift, *kept_for_act(ctx.act, residual, output))
 
 
 def _scale_backward(ctx, grad):
-    *inputs, y = ctx.saved_tensors
-    x, scale, shift, residual = inputs
-    if torch.is_grad_enabled():
-        found = second_order(lambda *t: reference.scale_act(*t, ctx.act), inputs, grad)
-        return *found, None, None
+    x, scale, shift, residual, y = ctx.saved_tensors
     need_x, need_scale, need_shift, need_residual = ctx.needs_input_grad[:4]
-    pre = None if ctx.act in ("none", "relu", "relu6") else reference.affine(x, scale, shift, residual)
+    if torch.is_grad_enabled():
+        grad, act = peel_act(grad, y, ctx.act)
+        *found, d_residual = second_order(lambda *t: reference.scale_act(*t, act), [x, scale, shift, residual], grad)
+        return *found, grad if residual is None and need_residual else d_residual, None, None
+    pre = reference.affine(x, scale, shift, residual) if ctx.act in SMOOTH else None
     grad = reference.act_backward(grad, y, pre, ctx.act)
     d_x = (grad * scale.to(reference.wide(grad)).view(1, -1, 1, 1)).to(x.dtype) if need_x else None
     d_scale = reference.channel_sum(grad, x).to(scale.dtype) if need_scale else None
@@ -247,7 +257,7 @@ define(
     _fake,
 )
 define(
-    "bn_act_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
+    "bn_act_backward(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
     "Tensor var, float eps, str act, bool[4] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,

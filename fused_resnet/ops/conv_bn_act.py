@@ -5,7 +5,13 @@ from torch import Tensor
 
 from fused_resnet.backends import reference
 from fused_resnet.ops import checks
-from fused_resnet.ops.bn_act import bn_act_backward, empty_statistics, fold_batch_norm, update_running_statistics
+from fused_resnet.ops.bn_act import (
+    bn_act_backward,
+    empty_statistics,
+    fold_batch_norm,
+    kept_for_bn_act,
+    update_running_statistics,
+)
 from fused_resnet.ops.conv_args import ConvArgs, normalise, output_size
 from fused_resnet.ops.library import (
     CONV_SCHEMA,
@@ -14,6 +20,7 @@ from fused_resnet.ops.library import (
     chosen,
     define,
     empty_channels_last,
+    peel_act,
     second_order,
     select,
 )
@@ -108,15 +115,19 @@ def _setup_context(ctx, inputs, output):
     y, z, mean, var = output
     ctx.args = ConvArgs(*args)
     ctx.mark_non_differentiable(z, mean, var)
-    ctx.save_for_backward(x, weight, conv_bias, bn_weight, bn_bias, residual, y, z, mean, var)
+    kept = kept_for_bn_act(ctx.act, residual, y)
+    ctx.save_for_backward(x, weight, conv_bias, bn_weight, bn_bias, *kept, z, mean, var)
 
 
 def _backward(ctx, grad, _z, _mean, _var):
     *inputs, y, z, mean, var = ctx.saved_tensors
     x, weight, _, bn_weight, bn_bias, residual = inputs
     if torch.is_grad_enabled():
-        found = second_order(lambda *t: reference.conv_bn_act(*t, ctx.args, ctx.eps, ctx.act)[0], inputs, grad)
-        return *found, *[None] * 7
+        grad, act = peel_act(grad, y, ctx.act)
+        *found, d_residual = second_order(lambda *t: reference.conv_bn_act(*t, ctx.args, ctx.eps, act)[0], inputs, grad)
+        if residual is None and ctx.needs_input_grad[5]:
+            d_residual = grad
+        return *found, d_residual, *[None] * 7
     need_x, need_weight, need_conv_bias, *need_bn = ctx.needs_input_grad[:6]
     needs = (need_x or need_weight or need_conv_bias, *need_bn)
     d_z, d_bn_weight, d_bn_bias, d_residual = bn_act_backward(

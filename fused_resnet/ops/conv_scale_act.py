@@ -12,10 +12,13 @@ from fused_resnet.ops import checks
 from fused_resnet.ops.conv_args import ConvArgs, normalise, output_size
 from fused_resnet.ops.library import (
     CONV_SCHEMA,
+    SMOOTH,
     autocast,
     autograd,
     define,
     empty_channels_last,
+    kept_for_act,
+    peel_act,
     second_order,
     select,
 )
@@ -90,21 +93,22 @@ def _fake(x, weight, scale, shift, residual, stride, padding, dilation, groups, 
 
 def _setup_context(ctx, inputs, output):
     x, weight, scale, shift, residual, *args, act, _ = inputs
-    ctx.save_for_backward(x, weight, scale, shift, residual, output)
     ctx.args, ctx.act = ConvArgs(*args), act
+    ctx.save_for_backward(x, weight, scale, shift, *kept_for_act(act, residual, output))
 
 
 def _backward(ctx, grad):
     *inputs, y = ctx.saved_tensors
     x, weight, scale, shift, residual = inputs
-    if torch.is_grad_enabled():
-        found = second_order(lambda *t: reference.conv_scale_act(*t, ctx.args, ctx.act), inputs, grad)
-        return *found, *[None] * 6
     need_x, need_weight, need_scale, need_shift, need_residual = ctx.needs_input_grad[:5]
+    if torch.is_grad_enabled():
+        grad, act = peel_act(grad, y, ctx.act)
+        *found, d_residual = second_order(lambda *t: reference.conv_scale_act(*t, ctx.args, act), inputs, grad)
+        return *found, grad if residual is None and need_residual else d_residual, *[None] * 6
     z = None
-    if need_scale or ctx.act in ("hardswish", "silu"):
+    if need_scale or ctx.act in SMOOTH:
         z = reference.convolution(x, weight, None, ctx.args)
-    pre = None if ctx.act in ("none", "relu", "relu6") else reference.affine(z, scale, shift, residual)
+    pre = reference.affine(z, scale, shift, residual) if ctx.act in SMOOTH else None
     grad = reference.act_backward(grad, y, pre, ctx.act)
     d_scale = reference.channel_sum(grad, z).to(scale.dtype) if need_scale else None
     d_shift = reference.channel_sum(grad).to(shift.dtype) if need_shift else None

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import ACTIVATIONS as ACTIVATIONS
-from fused_resnet.backends import context_backend
+from fused_resnet.backends import context_backend, reference
 from fused_resnet.backends import select as select
 
 LIBRARY = torch.library.Library("fused_resnet", "DEF")
+
+# Activations whose gradient needs the pre-activation.
+SMOOTH = ("hardswish", "silu")
 
 # Arguments that every convolution operator has, in the order of its schema.
 CONV_SCHEMA = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
@@ -65,6 +68,22 @@ def chosen(backend: str) -> str:
     Autograd may run the backward on a thread of its own, which does not see the forward's context.
     """
     return backend or context_backend()
+
+
+def kept_for_act(act: str, residual: Tensor | None, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What an activation's gradient needs of (residual, output), None where it does not.
+
+    Piecewise linear ones tell their pieces apart by the output, smooth ones need the pre-activation, which is computed
+    again from the input and the residual.
+    """
+    if act in SMOOTH:
+        return residual, None
+    return None, None if act == "none" else y
+
+
+def peel_act(grad: Tensor, y: Tensor | None, act: str) -> tuple[Tensor, str]:
+    """Take a piecewise linear activation off: the gradient of its input, differentiable, and the act that is left."""
+    return (grad, act) if y is None else (reference.act_backward(grad, y, None, act), "none")
 
 
 def second_order(formula: Callable, inputs: list, grads: Tensor) -> list:
