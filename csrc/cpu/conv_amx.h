@@ -10,6 +10,8 @@
     apply_to = function)
 #else
 #pragma GCC push_options
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in the compiler's own intrinsics, gcc 12
 #pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
 #endif
 
@@ -174,6 +176,7 @@ struct AmxKernel {
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
+#pragma GCC diagnostic pop
 #pragma GCC pop_options
 #endif
 #endif  // __x86_64__

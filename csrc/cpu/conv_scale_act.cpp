@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/conv.h"
 #include "cpu/conv_amx.h"
 #include "cpu/conv_avx512.h"
 #include "cpu/conv_band.h"
