@@ -45,11 +45,21 @@ void pack(const ConvShape& g, const T* weight, const int64_t* stride, T* packed)
   const int64_t panel = g.panel_bytes() / g.element;
   torch::stable::parallel_for(0, g.panels(), 1, [&](int64_t begin, int64_t end) {
     std::memset(packed + begin * panel, 0, (end - begin) * g.panel_bytes());
-    for (int64_t k = begin * kPanel; k < std::min(g.k, end * kPanel); ++k)
-      for (int64_t r = 0; r < g.r; ++r)
-        for (int64_t s = 0; s < g.s; ++s)
-          for (int64_t c = 0; c < g.c; ++c)
-            packed[packed_index(g, k, c, r, s)] = weight[k * stride[0] + c * stride[1] + r * stride[2] + s * stride[3]];
+    int64_t lane_offset[kPanel];
+    for (int64_t lane = 0; lane < kPanel; ++lane)
+      lane_offset[lane] = packed_index(g, lane, 0, 0, 0);
+    // Lanes innermost: they are written side by side, and read in kPanel streams that each run on.
+    for (int64_t first = begin * kPanel; first < std::min(g.k, end * kPanel); first += kPanel) {
+      const int64_t lanes = std::min(kPanel, g.k - first);
+      for (int64_t c = 0; c < g.c; ++c)
+        for (int64_t r = 0; r < g.r; ++r)
+          for (int64_t s = 0; s < g.s; ++s) {
+            T* to = packed + packed_index(g, first, c, r, s);
+            const T* from = weight + first * stride[0] + c * stride[1] + r * stride[2] + s * stride[3];
+            for (int64_t lane = 0; lane < lanes; ++lane)
+              to[lane_offset[lane]] = from[lane * stride[0]];
+          }
+    }
   });
 }
 
