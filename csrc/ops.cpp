@@ -50,11 +50,3 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
   m.impl("add_act_fwd", TORCH_BOX(&fused_resnet::cpu::add_act_fwd));
   m.impl("add_act_bwd", TORCH_BOX(&fused_resnet::cpu::add_act_bwd));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
-  m.impl("bn_act_fwd", TORCH_BOX(&fused_resnet::cpu::bn_act_fwd));
-  m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::cpu::bn_act_bwd));
-  m.impl("scale_act", TORCH_BOX(&fused_resnet::cpu::scale_act));
-  m.impl("add_act_fwd", TORCH_BOX(&fused_resnet::cpu::add_act_fwd));
-  m.impl("add_act_bwd", TORCH_BOX(&fused_resnet::cpu::add_act_bwd));
-}

@@ -138,7 +138,7 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 }  // namespace
 
 bool conv_supported(int64_t dtype_bits) {
-  return (dtype_bits == 32 || dtype_bits == 16) && has_kernel(dtype_bits / 8) && c > 0 && k > 0;
+  return (dtype_bits == 32 || dtype_bits == 16) && has_kernel(dtype_bits / 8);
 }
 
 Tensor conv_pack(const Tensor& weight) {
