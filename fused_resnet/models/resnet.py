@@ -5,13 +5,12 @@ arXiv:1605.07146.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_resnet.models.registry import register, with_weights
+from fused_resnet.models.registry import factory, register
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
 from fused_resnet.modules.blocks import BasicBlock, Bottleneck, PadShortcut, conv1x1
@@ -60,49 +59,44 @@ class ResNet(unit.FusedModule):
         dilate = (False,) * 3 if replace_stride_with_dilation is None else replace_stride_with_dilation
         if len(dilate) != 3:
             raise ValueError(f"replace_stride_with_dilation must be None or have 3 elements, got {dilate}")
-        if shortcut not in SHORTCUTS:
-            raise ValueError(f"shortcut must be one of {SHORTCUTS}, got {shortcut!r}")
+        check_shortcut(shortcut)
+        if stride_on != "3x3" and not issubclass(block, Bottleneck):
+            raise ValueError(f"stride_on={stride_on!r} is an option of bottleneck blocks, got {block.__name__}")
         self._norm_layer = norm_layer or BatchNorm2d
         self.inplanes, self.dilation = 64, 1
         self.groups, self.base_width = groups, width_per_group
-        self.lean, self.shortcut = lean, shortcut
-        self._block = partial(block, **({"stride_on": stride_on} if stride_on != "3x3" else {}))
-        self._expansion = block.expansion
+        self.lean, self.shortcut, self.stride_on = lean, shortcut, stride_on
         self.conv1 = nn.Conv2d(in_channels, self.inplanes, 7, stride=2, padding=3, bias=False)
         self.bn1 = self._norm_layer(self.inplanes)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = self._make_layer(64, layers[0])
-        self.layer2 = self._make_layer(128, layers[1], stride=2, dilate=dilate[0])
-        self.layer3 = self._make_layer(256, layers[2], stride=2, dilate=dilate[1])
-        self.layer4 = self._make_layer(512, layers[3], stride=2, dilate=dilate[2])
+        self.layer1 = self._make_layer(block, 64, layers[0])
+        self.layer2 = self._make_layer(block, 128, layers[1], stride=2, dilate=dilate[0])
+        self.layer3 = self._make_layer(block, 256, layers[2], stride=2, dilate=dilate[1])
+        self.layer4 = self._make_layer(block, 512, layers[3], stride=2, dilate=dilate[2])
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
-        del self._block  # a partial of a class has no place in a pickle
         initialise(self, zero_init_residual)
 
-    def _make_layer(self, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
-        dilation = self.dilation
+    def _make_layer(self, block, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
+        first = self.dilation
         if dilate:
             self.dilation *= stride
             stride = 1
-        arguments = (self.groups, self.base_width)
-        layers = []
-        for index in range(blocks):
-            step = stride if index == 0 else 1
-            layers.append(
-                self._block(
-                    self.inplanes,
-                    planes,
-                    step,
-                    make_shortcut(self.shortcut, self.inplanes, planes * self._expansion, step, self._norm_layer),
-                    *arguments,
-                    dilation if index == 0 else self.dilation,
-                    self._norm_layer,
-                    residual=self.shortcut != "none",
-                )
-            )
-            self.inplanes = planes * self._expansion
-        return nn.Sequential(*layers)
+        stage = make_stage(
+            block,
+            self.inplanes,
+            planes,
+            blocks,
+            stride,
+            shortcut=self.shortcut,
+            norm_layer=self._norm_layer,
+            dilations=(first, self.dilation),
+            groups=self.groups,
+            base_width=self.base_width,
+            **({} if self.stride_on == "3x3" else {"stride_on": self.stride_on}),
+        )
+        self.inplanes = planes * block.expansion
+        return stage
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """Feature maps of the stem (before pooling) and of the four stages, finest first."""
@@ -110,6 +104,8 @@ class ResNet(unit.FusedModule):
         maps = [x]
         x = self.maxpool(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            if stage is None:  # a feature extractor that needs no more
+                break
             x = run_blocks(stage, x, self.lean)
             maps.append(x)
         return maps
@@ -117,6 +113,37 @@ class ResNet(unit.FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_stages(x)[-1]
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def make_stage(
+    block: type[BasicBlock | Bottleneck],
+    in_planes: int,
+    planes: int,
+    blocks: int,
+    stride: int = 1,
+    *,
+    shortcut: str = "B",
+    norm_layer: Callable[..., nn.Module] = BatchNorm2d,
+    dilations: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    base_width: int = 64,
+    **options,
+) -> nn.Sequential:
+    """`blocks` blocks, of which the first has the stride; `dilations`: the first block's and the others'."""
+    out_planes = planes * block.expansion
+    layers = []
+    for index in range(blocks):
+        step, dilation = (stride, dilations[0]) if index == 0 else (1, dilations[1])
+        branch = make_shortcut(shortcut, in_planes, out_planes, step, norm_layer)
+        arguments = (in_planes, planes, step, branch, groups, base_width, dilation, norm_layer)
+        layers.append(block(*arguments, residual=shortcut != "none", **options))
+        in_planes = out_planes
+    return nn.Sequential(*layers)
+
+
+def check_shortcut(kind: str) -> None:
+    if kind not in SHORTCUTS:
+        raise ValueError(f"shortcut must be one of {SHORTCUTS}, got {kind!r}")
 
 
 def make_shortcut(kind: str, in_planes: int, out_planes: int, stride: int, norm_layer) -> nn.Module | None:
@@ -152,30 +179,29 @@ def initialise(model: nn.Module, zero_init_residual: bool = False) -> None:
                 nn.init.constant_(module.last_norm.weight, 0)
 
 
-def _factory(block, layers, **defaults):
-    def build(
-        weights=None,
-        *,
-        progress: bool = True,
-        num_classes: int = 1000,
-        in_channels: int = 3,
-        lean: bool = False,
-        **kwargs,
-    ) -> ResNet:
-        kwargs = {**defaults, **kwargs, "num_classes": num_classes, "in_channels": in_channels, "lean": lean}
-        return with_weights(lambda: ResNet(block, layers, **kwargs), weights, progress=progress)
+def _resnet(
+    block, layers, *, features_only: bool = False, out_indices: Sequence[int] | None = None, **kwargs
+) -> ResNet:
+    """A `ResNet`, or with `features_only` a `ResNetFeatures` for the maps `out_indices` (all five by default)."""
+    if not features_only:
+        if out_indices is not None:
+            raise ValueError(f"out_indices={out_indices} needs features_only=True")
+        return ResNet(block, layers, **kwargs)
+    from fused_resnet.models.features import ResNetFeatures  # which is a ResNet, and so cannot be imported above
 
-    return build
+    return ResNetFeatures(block, layers, **({} if out_indices is None else {"out_indices": out_indices}), **kwargs)
 
 
-resnet18 = register("resnet18", _factory(BasicBlock, (2, 2, 2, 2)))
-resnet34 = register("resnet34", _factory(BasicBlock, (3, 4, 6, 3)))
-resnet50 = register("resnet50", _factory(Bottleneck, (3, 4, 6, 3)))
-resnet101 = register("resnet101", _factory(Bottleneck, (3, 4, 23, 3)))
-resnet152 = register("resnet152", _factory(Bottleneck, (3, 8, 36, 3)))
-resnext50_32x4d = register("resnext50_32x4d", _factory(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4))
-resnext101_32x8d = register("resnext101_32x8d", _factory(Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8))
-wide_resnet50_2 = register("wide_resnet50_2", _factory(Bottleneck, (3, 4, 6, 3), width_per_group=128))
-wide_resnet101_2 = register("wide_resnet101_2", _factory(Bottleneck, (3, 4, 23, 3), width_per_group=128))
-plain18 = register("plain18", _factory(BasicBlock, (2, 2, 2, 2), shortcut="none"))
-plain34 = register("plain34", _factory(BasicBlock, (3, 4, 6, 3), shortcut="none"))
+resnet18 = register("resnet18", factory(_resnet, BasicBlock, (2, 2, 2, 2)))
+resnet34 = register("resnet34", factory(_resnet, BasicBlock, (3, 4, 6, 3)))
+resnet50 = register("resnet50", factory(_resnet, Bottleneck, (3, 4, 6, 3)))
+resnet101 = register("resnet101", factory(_resnet, Bottleneck, (3, 4, 23, 3)))
+resnet152 = register("resnet152", factory(_resnet, Bottleneck, (3, 8, 36, 3)))
+resnext50_32x4d = register("resnext50_32x4d", factory(_resnet, Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4))
+resnext101_32x8d = register(
+    "resnext101_32x8d", factory(_resnet, Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8)
+)
+wide_resnet50_2 = register("wide_resnet50_2", factory(_resnet, Bottleneck, (3, 4, 6, 3), width_per_group=128))
+wide_resnet101_2 = register("wide_resnet101_2", factory(_resnet, Bottleneck, (3, 4, 23, 3), width_per_group=128))
+plain18 = register("plain18", factory(_resnet, BasicBlock, (2, 2, 2, 2), shortcut="none"))
+plain34 = register("plain34", factory(_resnet, BasicBlock, (3, 4, 6, 3), shortcut="none"))

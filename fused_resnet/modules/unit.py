@@ -7,7 +7,9 @@ called as it is, and only what follows it is fused.
 
 import contextlib
 import contextvars
+from collections.abc import Callable, Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,20 +32,38 @@ ACT_FUNCTIONS = {
 }
 
 
-_unfused: contextvars.ContextVar[bool] = contextvars.ContextVar("fused_resnet_unfused", default=False)
+def plain_activation(x: Tensor, act: str) -> Tensor:
+    """`act(x)` as a plain network computes it, in place where torchvision's networks do so."""
+    return ACT_FUNCTIONS[act](x, inplace=True) if act in ("relu", "relu6") else ACT_FUNCTIONS[act](x)
+
+
+# The activation of the plain network; None: units run fused.
+_unfused: contextvars.ContextVar[Callable[[Tensor, str], Tensor] | None] = contextvars.ContextVar(
+    "fused_resnet_unfused", default=None
+)
 
 
 @contextlib.contextmanager
-def unfused():
-    """Run every module as plain PyTorch would: its children one by one, and aten for the sum and the activation.
+def unfused(activation: Callable[[Tensor, str], Tensor] = plain_activation) -> Iterator[None]:
+    """Run every module as plain PyTorch would: its children one by one, and aten for the sum and `activation(y, act)`.
 
     This is the network that the fused one is verified against and timed beside. It holds for the current thread.
     """
-    token = _unfused.set(True)
+    token = _unfused.set(activation)
     try:
         yield
     finally:
         _unfused.reset(token)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a context variable
+def is_unfused() -> bool:
+    return _unfused.get() is not None
+
+
+def _activate(x: Tensor, act: str) -> Tensor:
+    """The activation of the plain network."""
+    return (plain_activation if torch.compiler.is_compiling() else _unfused.get())(x, act)
 
 
 class FusedModule(nn.Module):
@@ -71,7 +91,7 @@ def plain_batch_norm(bn: nn.Module) -> bool:
 
 def conv_bn_act(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "relu") -> Tensor:
     """Return `act(bn(conv(x)) + residual)`."""
-    if _unfused.get() or not (plain_convolution(conv) and plain_batch_norm(bn)):
+    if is_unfused() or not (plain_convolution(conv) and plain_batch_norm(bn)):
         return bn_act(bn, conv(x), residual, act)
     geometry = {
         "residual": residual,
@@ -93,18 +113,18 @@ def bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = 
     if plain_batch_norm(bn):
         return fused_bn_act(bn, x, residual, act)
     y = bn(x)
-    if residual is None:
-        return ACT_FUNCTIONS[act](y)
-    return ACT_FUNCTIONS[act](y + residual) if _unfused.get() else ops.add_act(y, residual, act=act)
+    if is_unfused():
+        return _activate(y if residual is None else y + residual, act)
+    return ACT_FUNCTIONS[act](y) if residual is None else ops.add_act(y, residual, act=act)
 
 
 def fused_bn_act(bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """`bn_act` where the batch norm is known to be a plain one."""
-    if _unfused.get():
+    if is_unfused():
         y = nn.BatchNorm2d.forward(bn, x)
         if residual is not None:
             y += residual
-        return ACT_FUNCTIONS[act](y, inplace=True) if act in ("relu", "relu6") else ACT_FUNCTIONS[act](y)
+        return _activate(y, act)
     if not uses_batch_statistics(bn):
         scale, shift = folded(bn)
         return ops.scale_act(x, scale, shift, residual=residual, act=act)

@@ -1,0 +1,7 @@
+"""`python -m fused_resnet`."""
+
+import sys
+
+from fused_resnet.cli import main
+
+sys.exit(main())

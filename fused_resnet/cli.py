@@ -1,0 +1,188 @@
+"""The command `fused-resnet`, which is also `python -m fused_resnet`.
+
+Exit codes: 0, or 1 where a check failed, or 2 for bad usage (an unknown name, a file that cannot be read). Results go
+to stdout, and everything else to stderr.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fused_resnet import predict
+from fused_resnet._version import __version__
+from fused_resnet.backends import backend_report, use_backend
+from fused_resnet.backends.cpu import extension_missing
+from fused_resnet.models import list_models
+from fused_resnet.options import DTYPES, UsageError, add_model_options, build_model, calibrate, chosen_backend, positive
+from fused_resnet.parity import table
+from fused_resnet.verify import verify
+
+EXAMPLES = {
+    "info": "fused-resnet info --json",
+    "verify": "fused-resnet verify --model resnet18 --size 64 --batch 2 --dtype bf16",
+    "predict": "fused-resnet predict photos/ --model resnet50 --weights resnet50.pth --topk 3",
+    "demo": "fused-resnet demo --out demo_out",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UsageError as error:
+        print(f"fused-resnet {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        sys.stderr.close()
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fused-resnet", description="ResNets with fused kernels.")
+    parser.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    _add_info(commands)
+    _add_verify(commands)
+    predict.add_arguments(_command(commands, "predict", predict.run, "The likeliest classes of images."))
+    _add_demo(commands)
+    return parser
+
+
+def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=summary, epilog=f"example: {EXAMPLES[name]}", allow_abbrev=False
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+# --- info -------------------------------------------------------------------------------------------------------------
+
+
+def _add_info(commands) -> None:
+    parser = _command(commands, "info", run_info, "What is here: devices, backends and how to get the missing ones.")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout")
+
+
+def information() -> dict:
+    """Versions, devices and backends."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
+    missing = extension_missing()
+    return {
+        "versions": {
+            "fused_resnet": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton_version,
+            "cuda": torch.version.cuda or "none: this torch is built for the CPU",
+        },
+        "devices": {
+            "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())},
+        },
+        "extension": missing or f"loaded, kernels for {torch.ops.fused_resnet_C.cpu_capability()}",
+        "backends": {name: reason or "available" for name, reason in backend_report().items()},
+        "models": list_models(),
+    }
+
+
+def run_info(args: argparse.Namespace) -> int:
+    found = information()
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    rows = []
+    for part, value in found.items():
+        entries = (
+            value.items()
+            if isinstance(value, dict)
+            else [("", ", ".join(value))]
+            if part == "models"
+            else [("", value)]
+        )
+        rows += [(part if i == 0 else "", name, text) for i, (name, text) in enumerate(entries)]
+    print("\n".join(table(("", "name", "value"), rows)))
+    return 0
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+def _add_verify(commands) -> None:
+    parser = _command(commands, "verify", run_verify, "Compare a fused network with plain PyTorch, block by block.")
+    add_model_options(parser)
+    parser.add_argument("--size", type=positive, default=64, help="height and width of the images (default: 64)")
+    parser.add_argument("--batch", type=positive, default=4, help="images in the batch (default: 4)")
+    parser.add_argument("--eval-only", action="store_true", help="leave out train mode")
+    parser.add_argument("--reference", choices=["torchvision"], help="compare with torchvision's network of that name")
+
+
+def _torchvision(name: str, num_classes: int | None) -> nn.Module:
+    try:
+        import torchvision
+    except Exception as error:  # its compiled part may not fit this torch, in several ways
+        raise UsageError(f"--reference torchvision: it cannot be imported: {error}; pip install torchvision") from error
+    if not hasattr(torchvision.models, name):
+        raise UsageError(f"--reference torchvision: it has no model {name!r}")
+    return getattr(torchvision.models, name)(**({} if num_classes is None else {"num_classes": num_classes}))
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    with chosen_backend(args):
+        pass
+    model = build_model(args)
+    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+    images = torch.randn(args.batch, channels, args.size, args.size)
+    reference = _torchvision(args.model, args.num_classes) if args.reference else None
+    try:
+        if args.weights is None:
+            print("weights are random, running statistics from random images", file=sys.stderr)
+            with use_backend("reference"):
+                calibrate(model, torch.randn(max(args.batch, 4), channels, args.size, args.size))
+        report = verify(
+            model,
+            images,
+            reference=reference,
+            dtype=DTYPES[args.dtype],
+            train=not args.eval_only,
+            backend=args.backend,
+            progress=lambda jobs: tqdm(jobs, desc="verify", unit="block"),
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
+    print(report.to_json() if args.json else report)
+    return 0 if report.passed else 1
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def _add_demo(commands) -> None:
+    parser = _command(
+        commands, "demo", run_demo, "Two photographs, and a network trained on digits: fused beside plain."
+    )
+    parser.add_argument("--out", default="demo_out", help="folder for the pictures and the record")
+    parser.add_argument("--quick", action="store_true", help="smaller images and fewer epochs")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout, the rest on stderr")
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    try:
+        from fused_resnet import demo
+    except ImportError as error:
+        raise UsageError(f"{error}; install what it needs: pip install 'fused_resnet[demo]'") from error
+    return demo.run(args.out, quick=args.quick, as_json=args.json)

@@ -1,0 +1,86 @@
+"""What the commands share: options, the error that means bad usage, and small helpers."""
+
+import argparse
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fused_resnet.backends import use_backend
+from fused_resnet.models import create_model, list_models
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says why."""
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say which network runs, and how."""
+    parser.add_argument("--model", default="resnet50", help="a network's name (default: resnet50)")
+    parser.add_argument("--weights", help="a .pth or .safetensors file, or a name that torchvision knows")
+    parser.add_argument("--num-classes", type=positive, help="classes, where they are not the model's own")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--backend", help="a backend's name (default: the automatic choice)")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout")
+
+
+def positive(text: str) -> int:
+    """argparse's type of a whole number of 1 or more."""
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return value
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    """The model that the options name, seeded, with its weights."""
+    torch.manual_seed(0)
+    extra = {} if args.num_classes is None else {"num_classes": args.num_classes}
+    if args.model not in list_models():
+        raise UsageError(f"unknown model {args.model!r}, expected one of {', '.join(list_models())}")
+    try:
+        return create_model(args.model, weights=args.weights, **extra)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UsageError(f"--weights {args.weights}: {error}") from error
+    except Exception as error:  # safetensors has an exception of its own for a damaged file
+        if args.weights is None:
+            raise
+        raise UsageError(f"--weights {args.weights}: {error}") from error
+
+
+def chosen_backend(args: argparse.Namespace) -> use_backend:
+    """`use_backend` with the option's backend."""
+    try:
+        return use_backend(args.backend)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"--backend: {error}") from error
+
+
+def calibrate(model: nn.Module, images: torch.Tensor, batches: int = 3) -> None:
+    """Give a network with random weights realistic running statistics, by a few passes in train mode."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(batches):
+            model(images)
+    model.eval()
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """The whole file or none: written beside it under another name, then renamed."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,204 @@
+"""Running one block of a network, fused or plain, and noting which pieces its activations take."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_resnet.backends import use_backend
+from fused_resnet.modules import unit
+from fused_resnet.parity import Row, compare
+
+Arguments = tuple[tuple, dict]
+
+LABELS = ("output without gradients", "output")
+
+# A gradient that is smaller than this part of the block's largest is 0 in exact arithmetic (a convolution's bias before
+# batch norm): all that any network has there is the rounding of the terms that cancel.
+CANCELLED = 1e-11
+
+
+class PlainAct(nn.Module):
+    """Takes the place of an activation module in a reference network, so that its pieces are noted."""
+
+    def __init__(self, act: str):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unit._activate(x, self.act)
+
+
+def _pieces(x: Tensor, act: str) -> Tensor:
+    """Which piece of ReLU or ReLU6 every element is on, from the pre-activation or the output: 0, 1, or 2 above 6."""
+    inside = ~(x <= 0)  # NaN is inside: it stays NaN
+    return inside.to(torch.int8) + (x >= 6) if act == "relu6" else inside.to(torch.int8)
+
+
+class Pieces:
+    """A plain activation that notes the pieces it takes, in the order of the calls, or takes those it is given."""
+
+    def __init__(self, given: list[Tensor] | None = None):
+        self.given = None if given is None else iter(given)
+        self.taken: list[Tensor] = []
+
+    def __call__(self, x: Tensor, act: str) -> Tensor:
+        if act not in ("relu", "relu6"):
+            return unit.plain_activation(x, act)
+        pieces = _pieces(x.detach(), act) if self.given is None else next(self.given)
+        self.taken.append(pieces)
+        y = torch.where(pieces == 0, 0, x)
+        return torch.where(pieces == 2, 6, y) if act == "relu6" else y
+
+
+class FusedPieces(TorchDispatchMode):
+    """Notes the pieces that the activations of fused (and plain) operators take, from their outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        act = self._act(func, args)
+        if act in ("relu", "relu6"):
+            self.taken.append(_pieces(result if isinstance(result, Tensor) else result[0], act))
+        return result
+
+    @staticmethod
+    def _act(func, args) -> str:
+        if func.namespace == "fused_resnet":
+            names = [argument.name for argument in func._schema.arguments]
+            return args[names.index("act")] if "act" in names else "none"
+        plain = {"relu": "relu", "relu_": "relu", "hardtanh": "relu6", "hardtanh_": "relu6"}
+        return plain.get(func._schema.name.removeprefix("aten::"), "none") if func.namespace == "aten" else "none"
+
+
+@dataclass
+class Run:
+    """What one network made of one block; gradients are keyed by quantity and tensor, None where there is none."""
+
+    outputs: list[Tensor]
+    gradients: dict[tuple[str, str], Tensor | None]
+    buffers: dict[str, Tensor]
+    pieces: list[Tensor]
+
+
+def run_fused(block: nn.Module, arguments: Arguments, dtype: torch.dtype, backend: str | None) -> Run:
+    """One forward and backward of a fused block; a block in eval mode also runs without gradients, as in inference.
+
+    The output without gradients comes first, the one with gradients after it.
+    """
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        inference = []
+        if not block.training:
+            with torch.no_grad():
+                inference = list(tensors(block(*arguments[0], **arguments[1])))
+        noted = FusedPieces()
+        run = _run(block, arguments, dtype, noted, noted)
+    run.outputs = inference + run.outputs
+    return run
+
+
+def run_plain(block: nn.Module, arguments: Arguments, dtype: torch.dtype, given: list[Tensor] | None = None) -> Run:
+    """One forward and backward of a plain block; `given`: the pieces that its activations are to take."""
+    pieces = Pieces(given)
+    return _run(block, arguments, dtype, unit.unfused(pieces), pieces)
+
+
+def _run(block, arguments, dtype, context, noted) -> Run:
+    leaves: dict[tuple[str, str], Tensor] = {}
+
+    def leaf(tensor: Tensor) -> Tensor:
+        name = f"#{len(leaves)}" if leaves else "input"
+        leaves["input gradient", name] = tensor.detach().clone().requires_grad_()
+        return leaves["input gradient", name].clone()  # no leaf: a block may change its input in place
+
+    with state_kept(block):
+        args, kwargs = map_tensors(arguments, leaf)
+        with context:
+            outputs = list(tensors(block(*args, **kwargs)))
+        for name, parameter in block.named_parameters():
+            if parameter.requires_grad:
+                leaves["parameter gradient", name] = parameter
+        ends = [output for output in outputs if output.requires_grad]
+        grads = random_gradients(ends, dtype)
+        found = torch.autograd.grad(ends, list(leaves.values()), grads, allow_unused=True)
+        buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    gradients = dict(zip(leaves, found, strict=True))
+    return Run([output.detach() for output in outputs], gradients, buffers, noted.taken)
+
+
+def output_rows(where, fused: Run, eager: Run, truth: Run, dtype) -> list[Row]:
+    """Rows of the outputs, and in train mode of the running statistics; `where`: block and mode."""
+    repeats = len(fused.outputs) // len(truth.outputs)
+    labels = [label + (f"#{i}" if i else "") for label in LABELS[-repeats:] for i in range(len(truth.outputs))]
+    found = zip(labels, fused.outputs, eager.outputs * repeats, truth.outputs * repeats, strict=True)
+    rows = [compare((*where, "output", label), f, e, t, dtype) for label, f, e, t in found]
+    if where[1] == "train":
+        rows += [
+            compare((*where, "running statistics", key), fused.buffers[key], eager.buffers[key], value, dtype)
+            for key, value in truth.buffers.items()
+        ]
+    return rows
+
+
+def gradient_rows(where, fused: Run, eager: Run, fused_truth: dict, eager_truth: dict, dtype) -> list[Row]:
+    """Rows of the gradients, each network's against the truth that took the same pieces."""
+    found = {key: value for key, value in fused_truth.items() if value is not None}
+    sizes = {key: float(value.abs().max()) if value.numel() else 0.0 for key, value in found.items()}
+    rows = []
+    for key, value in found.items():
+        largest = max(size for (kind, _), size in sizes.items() if kind == key[0])
+        cancelled = sizes[key] < CANCELLED * largest
+        zeros = torch.zeros_like(value)
+        mine, plain = (zeros if run.gradients[key] is None else run.gradients[key] for run in (fused, eager))
+        # The eager error is against its own truth; moved over, both are against the same.
+        plain = plain.to(value) + (value - eager_truth[key])
+        rows.append(compare((*where, *key), mine, plain, value, dtype, largest if cancelled else 0.0))
+    return rows
+
+
+def random_gradients(outputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The same random gradients for every network: drawn in `dtype`, and then in each output's own."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(output.shape, generator=generator).to(dtype).to(output) for output in outputs]
+
+
+@contextlib.contextmanager
+def state_kept(network: nn.Module) -> Iterator[None]:
+    """Buffers are afterwards what they were before."""
+    kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a nest of tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `change` applied to the floating-point tensors of a nest of tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return change(value) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        items = [map_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return value

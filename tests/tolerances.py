@@ -1,0 +1,85 @@
+"""Every tolerance of the tests, with its reason. A test names its entry; no number stands in a test."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tolerance(NamedTuple):
+    """A relative bound on an error, and why it is what it is."""
+
+    value: float
+    reason: str
+
+
+TOLERANCES = {
+    "model_eval_fp32": Tolerance(
+        2e-5,
+        "max|out - eager| / max|eager| of a whole network in eval mode: fp32 rounding (6e-8) over up to 152 layers, "
+        "where sums are taken in another order and batch norm is applied as one multiply-add",
+    ),
+    "model_fp64": Tolerance(
+        1e-9,
+        "the same formula in fp64, so that only the order of sums differs: 1e-16, amplified by up to 1e5 through batch "
+        "norm over few values; a ReLU whose sign depends on it is as good as impossible",
+    ),
+    "two_times": Tolerance(
+        2.0,
+        "the two-times rule: an error, against fp64 truth, of at most twice the one that PyTorch itself makes in the "
+        "same precision",
+    ),
+    "model_floor": Tolerance(
+        1e-6,
+        "added to the two-times rule for the gradients and running statistics of a network, relative to each tensor: "
+        "eager may hit the truth by luck",
+    ),
+    "source_flops": Tolerance(
+        0.02,
+        "the papers' multiply-adds are rounded to one decimal (1.8, 3.6, 3.8, 7.6, 11.3 x 10^9)",
+    ),
+    "floor_ulps": Tolerance(
+        2.0,
+        "Units in the last place of the largest value, added to the two-times rule of an operator: eager may hit "
+        "the truth exactly; convolution, scale, shift and residual are four roundings of half a unit each.",
+    ),
+    "floor_ulps_gradient": Tolerance(
+        4.0,
+        "The same for gradients: they are made of the forward's values, with their four roundings of half a unit, and "
+        "add four of their own: the slope, two products and the sum.",
+    ),
+    "kink_margin": Tolerance(
+        2.0**-5,
+        "Where a pre-activation lies this close to a kink of its activation, relative to the largest one, bf16's eight "
+        "bits and three roundings may put it on the other side, where the slope is another: grad_output is zero there.",
+    ),
+    "cancellation": Tolerance(
+        4.0,
+        "At mean / std = r the mean is a number whose last place is r * eps of the deviation, and so is the error of "
+        "what its subtraction leaves; four of them cover the sum behind it. E[x^2] - E[x]^2 would be wrong by r^2.",
+    ),
+}
+
+
+def tolerance(name: str) -> float:
+    return TOLERANCES[name].value
+
+
+def ulp(dtype: torch.dtype, at: float) -> float:
+    """The distance of neighbouring numbers of `dtype` at the magnitude `at`."""
+    return torch.finfo(dtype).eps * at
+
+
+def assert_two_times(
+    out: Tensor, eager: Tensor, truth: Tensor, what: str = "output", floor: str = "floor_ulps"
+) -> None:
+    """max|out - truth| <= 2 * max|eager - truth| + a few ulps; `eager` has the dtype of the computation."""
+    assert truth.dtype == torch.float64, f"{what}: the truth must be fp64"
+    assert out.shape == truth.shape == eager.shape, f"{what}: {out.shape}, {eager.shape}, {truth.shape}"
+    assert out.dtype == eager.dtype, f"{what}: {out.dtype}, but eager gives {eager.dtype}"
+    assert torch.isfinite(out).all(), f"{what}: not finite"
+    if not truth.numel():
+        return
+    error, plain = ((found.double() - truth).abs().max().item() for found in (out, eager))
+    bound = tolerance("two_times") * plain + tolerance(floor) * ulp(eager.dtype, truth.abs().max().item())
+    assert error <= bound, f"{what}: error {error:.3e}, the two-times rule allows {bound:.3e}"
