@@ -93,6 +93,13 @@ def data_assignment(module, x):
         p.data = p.data * 1.5
 
 
+def data_assignment_to_and_fro(module, x):
+    """The second assignment may get the memory that the first one gave back."""
+    for p in module.parameters():
+        p.data = p.data * 1.5
+        p.data = p.data * 1.5
+
+
 def data_in_place_then_eval(module, x):
     for p in [*module.parameters(), *module.buffers()]:
         if p.is_floating_point():
@@ -118,7 +125,8 @@ def copy_under_no_grad(module, x):
 
 
 CHANGES = [load_state_dict, optimizer_step, optimizer_step_in_eval, statistics_only, to_float64_and_back,
-           data_assignment, data_in_place_then_eval, new_parameter, new_eps, copy_under_no_grad]  # fmt: skip
+           data_assignment, data_assignment_to_and_fro, data_in_place_then_eval, new_parameter, new_eps,
+           copy_under_no_grad]  # fmt: skip
 
 
 @modules

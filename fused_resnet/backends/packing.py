@@ -38,12 +38,12 @@ def packed(weight: Tensor, form: Hashable, build: Callable[[], Tensor], *derived
     with torch.inference_mode(False), torch.no_grad():
         value = build()
     if not weight.is_inference() and not any(t.is_inference() for t in derived_from):
-        forms = dict(forms or {})
-        forms.pop(form, None)
+        forms = {name: kept for name, kept in (forms or {}).items() if name != form and kept[0][0] == state[0]}
         while len(forms) >= MOST_FORMS:
             forms.pop(next(iter(forms)))
-        # The tensors are held, so that their ids are not given to others; the dict is replaced whole, for threads.
-        forms[form] = (state, value, derived_from)
+        # The tensors are held, so that their ids are not given to others, and so is their memory: freed by `.data =` or
+        # `.to()`, its address could come back with other contents. The dict is replaced whole, for threads.
+        forms[form] = (state, value, derived_from, [t.detach() for t in (weight, *derived_from)])
         _packed[weight] = forms
     return value
 

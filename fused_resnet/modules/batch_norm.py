@@ -99,7 +99,8 @@ def folded(bn: nn.BatchNorm2d, conv_bias: Tensor | None = None) -> tuple[Tensor,
         return kept[1]
     with torch.inference_mode(False), torch.no_grad():
         value = _fold(bn, conv_bias)
-    _folded[bn] = (state, value)
+    # The memory is held: freed by `.data = ...` or `.to()`, its address could come back with other contents.
+    _folded[bn] = (state, value, [None if t is None else t.detach() for t in sources])
     return value
 
 
