@@ -82,10 +82,12 @@ def measure(record: Record, name: str, batch: int, dtype: str, size: int, peers:
     with torch.inference_mode(), fr.use_backend("reference"):
         truth = plain(x)
     image = x.to(DTYPES[dtype]).contiguous(memory_format=torch.channels_last)
+    # Made outside inference mode: parameters made inside keep no version, and could not be packed once and for all.
+    systems = [*peers, "fused_resnet"]
+    models = {s: copy.deepcopy(plain).to(DTYPES[dtype]).to(memory_format=torch.channels_last) for s in systems}
     calls, ready, errors = {}, {}, {}
     with torch.inference_mode():
-        for system in [*peers, "fused_resnet"]:
-            model = copy.deepcopy(plain).to(DTYPES[dtype]).to(memory_format=torch.channels_last)
+        for system, model in models.items():
             start = time.perf_counter()
             try:
                 call = SYSTEMS[system](model, image)

@@ -2,6 +2,7 @@
 
 import re
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -272,3 +273,16 @@ def test_bn_one_value_per_channel(name, backend):
     with pytest.raises(ValueError, match=re.escape(str(torch_error.value))):
         function(**tensors, running=running, act="relu", backend=backend)
     assert not running[0].any()
+
+
+@WITH_STATISTICS
+@pytest.mark.parametrize(("eps", "training"), [(0.0, True), (-1e-5, True), (-1e-5, False)])
+def test_bn_eps_out_of_range(name, eps, training):
+    """The same ValueError as torch, same text."""
+    x, weight = torch.randn(2, 17, 3, 3), torch.randn(17, 17, 3, 3)
+    running = torch.zeros(17), torch.ones(17)
+    with pytest.raises(ValueError) as torch_error:
+        F.batch_norm(x, *running, training=training, eps=eps)
+    run = partial(bn_act, x) if name == "bn_act" else partial(conv_bn_act, x, weight)
+    with pytest.raises(ValueError, match=re.escape(str(torch_error.value))):
+        run(None, None, *running, training=training, eps=eps)

@@ -66,6 +66,7 @@ def bn_act(
         checks.check_same_dtype(op, x, residual=residual)
     checks.check_channels(op, x.shape[1], weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     checks.check_statistics(op, running_mean, running_var, training=training)
+    checks.check_eps(eps, training=training)
     checks.check_residual(op, residual, x.shape)
     if not training:
         scale, shift = fold_batch_norm(weight, bias, running_mean, running_var, eps)

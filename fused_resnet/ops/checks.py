@@ -90,6 +90,14 @@ def check_more_than_one_value(x: Tensor) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
 
 
+def check_eps(eps: float, *, training: bool) -> None:
+    """The errors, and their texts, are torch.nn.functional.batch_norm's."""
+    if training and eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if eps < 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+
+
 def check_statistics(op: str, running_mean: Tensor | None, running_var: Tensor | None, *, training: bool) -> None:
     if (running_mean is None) != (running_var is None):
         given = "running_mean" if running_var is None else "running_var"

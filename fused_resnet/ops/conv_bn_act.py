@@ -76,6 +76,7 @@ def conv_bn_act(
     if not checks.under_autocast(x):
         checks.check_same_dtype(op, x, weight=weight, conv_bias=conv_bias, residual=residual)
     checks.check_statistics(op, running_mean, running_var, training=training)
+    checks.check_eps(eps, training=training)
     x, args = normalise(op, x, weight, stride, padding, dilation, groups)
     checks.check_channels(op, weight.shape[0], conv_bias=conv_bias, **vectors)
     size = output_size(x, weight, args)
