@@ -11,6 +11,7 @@ import torch
 
 import fused_resnet
 from fused_resnet.backends import backend_report
+from fused_resnet.backends.cpu import extension_missing
 
 
 def _git(*arguments: str) -> str:
@@ -27,10 +28,8 @@ def _processor() -> str:
 
 
 def environment() -> dict:
-    try:
-        capability = torch.ops.fused_resnet_C.cpu_capability()
-    except (AttributeError, RuntimeError):
-        capability = "no extension"
+    missing = extension_missing()
+    capability = missing or torch.ops.fused_resnet_C.cpu_capability()
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
