@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fused_resnet.models.resnet import ResNet
+from fused_resnet.models.resnet import ResNet, run_blocks
 
 MAPS = ("bn1", "layer1", "layer2", "layer3", "layer4")
 
@@ -58,5 +58,9 @@ class ResNetFeatures(ResNet):
             setattr(self, name, None)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.forward_stages(x)
+        maps = [self.stem(x)]
+        x = self.maxpool(maps[0])
+        for stage in self.stages():
+            x = run_blocks(stage, x, self.lean)
+            maps.append(x)
         return [maps[i] for i in self.out_indices]

@@ -98,20 +98,18 @@ class ResNet(unit.FusedModule):
         self.inplanes = planes * block.expansion
         return stage
 
-    def forward_stages(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of the stem (before pooling) and of the four stages, finest first."""
-        x = unit.conv_bn_act(self.conv1, self.bn1, x)
-        maps = [x]
-        x = self.maxpool(x)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            if stage is None:  # a feature extractor that needs no more
-                break
-            x = run_blocks(stage, x, self.lean)
-            maps.append(x)
-        return maps
+    def stem(self, x: Tensor) -> Tensor:
+        """The first convolution with its norm and activation, before pooling."""
+        return unit.conv_bn_act(self.conv1, self.bn1, x)
+
+    def stages(self) -> list[nn.Sequential]:
+        """The stages, finest first; without those that a feature extractor left out."""
+        return [stage for stage in (self.layer1, self.layer2, self.layer3, self.layer4) if stage is not None]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_stages(x)[-1]
+        x = self.maxpool(self.stem(x))
+        for stage in self.stages():  # no map is held for longer than its reader needs it
+            x = run_blocks(stage, x, self.lean)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
