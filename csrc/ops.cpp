@@ -6,6 +6,7 @@
 
 #include "cpu/conv_scale_act.h"
 #include "cpu/cpu.h"
+#include "cpu/output.h"
 #include "cpu/train.h"
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
@@ -17,6 +18,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   // The widest vector extension that the running processor and the kernels share, by name.
   m.def("cpu_capability() -> str");
+  m.def("empty_channels_last(int[] size, ScalarType dtype) -> Tensor");
+  m.def("empty_cache() -> int");
 
   // Activations: 0 none, 1 ReLU, 2 ReLU6, 3 hardswish, 4 SiLU. Outputs are allocated by the caller.
   m.def(
@@ -32,13 +35,15 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def("conv_supported(int dtype_bits) -> bool");
   m.def("conv_pack(Tensor weight) -> Tensor");
   m.def(
-      "conv_scale_act(Tensor x, Tensor packed, Tensor scale, Tensor shift, Tensor? residual, int[2] kernel, "
-      "int[2] stride, int[2] padding, int[2] dilation, int act, Tensor(a!) out) -> ()");
+      "conv_scale_act(Tensor x, Tensor packed, Tensor scale, Tensor shift, Tensor? residual, int[] geometry, int act, "
+      "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&fused_resnet::cpu::cpu_capability));
   m.impl("conv_supported", TORCH_BOX(&fused_resnet::cpu::conv_supported));
+  m.impl("empty_channels_last", TORCH_BOX(&fused_resnet::cpu::empty_channels_last));
+  m.impl("empty_cache", TORCH_BOX(&fused_resnet::cpu::empty_cache));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {

@@ -36,7 +36,7 @@ void add_act_fwd(Tensor x, Tensor residual, std::int64_t act, Tensor y) {
   AddActArgs args;
   args.x = x.const_data_ptr();
   args.residual = residual.const_data_ptr();
-  args.out = writable(y);
+  args.out = y.mutable_data_ptr();
   args.act = static_cast<int>(act);
   args.bf16 = is_bf16(x);
   const auto kernel = FUSED_RESNET_PICK(add_act);
@@ -53,7 +53,7 @@ void add_act_bwd(Tensor dy, std::optional<Tensor> y, std::optional<Tensor> x, st
   args.y = data_or_null(y);
   args.x = data_or_null(x);
   args.residual = data_or_null(residual);
-  args.out = writable(dx);
+  args.out = dx.mutable_data_ptr();
   args.act = static_cast<int>(act);
   args.bf16 = is_bf16(dy);
   const auto kernel = FUSED_RESNET_PICK(add_act_grad);

@@ -137,7 +137,7 @@ void bn_act_fwd(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bi
   BnActArgs args;
   args.x = x.const_data_ptr();
   args.residual = data_or_null(residual);
-  args.out = writable(y);
+  args.out = y.mutable_data_ptr();
   args.channels = grid.channels;
   args.act = static_cast<int>(act);
   args.bf16 = is_bf16(x);
@@ -194,8 +194,8 @@ void bn_act_bwd(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tens
   args.dy = dy.const_data_ptr();
   args.y = data_or_null(y);
   args.residual = data_or_null(residual);
-  args.out = dx ? writable(*dx) : nullptr;
-  args.dresidual = dresidual ? writable(*dresidual) : nullptr;
+  args.out = dx ? dx->mutable_data_ptr() : nullptr;
+  args.dresidual = dresidual ? dresidual->mutable_data_ptr() : nullptr;
   args.channels = grid.channels;
   args.act = static_cast<int>(act);
   args.bf16 = is_bf16(x);
@@ -253,7 +253,7 @@ void scale_act(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> resid
   BnActArgs args;
   args.x = x.const_data_ptr();
   args.residual = data_or_null(residual);
-  args.out = writable(out);
+  args.out = out.mutable_data_ptr();
   args.channels = grid.channels;
   args.act = static_cast<int>(act);
   args.bf16 = is_bf16(x);

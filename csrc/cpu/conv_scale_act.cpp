@@ -17,7 +17,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBandBytes = 768 << 10;  // of the 2 MB of L2; two panels of weights take up to as much again
-constexpr int64_t kHugeOutput = 4 << 20;   // bytes from which a fresh output is worth large pages
 
 // Depth and number of the taps that the kernels see; the packed weights depend on nothing else.
 void set_depth(ConvShape& g) {
@@ -163,20 +162,19 @@ Tensor conv_pack(const Tensor& weight) {
 }
 
 void conv_scale_act(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& shift,
-                    const std::optional<Tensor>& residual, std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t act, Tensor out) {
+                    const std::optional<Tensor>& residual, std::vector<int64_t> geometry, int64_t act, Tensor out) {
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && is_channels_last(x) && is_channels_last(out),
                   "conv_scale_act: x and out must be dense channels_last");
   const bool fp32 = x.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK((fp32 || x.scalar_type() == ScalarType::BFloat16) && x.scalar_type() == out.scalar_type() &&
                       x.scalar_type() == packed.scalar_type() && has_kernel(fp32 ? 4 : 2),
                   "conv_scale_act: no kernel for this dtype on this processor");
-  for (const auto* pair : {&kernel, &stride, &padding, &dilation})
-    STD_TORCH_CHECK(pair->size() == 2 && std::min((*pair)[0], (*pair)[1]) >= (pair == &padding ? 0 : 1),
-                    "conv_scale_act: kernel, stride, padding and dilation are two numbers each");
+  STD_TORCH_CHECK(geometry.size() == 8, "conv_scale_act: geometry is kernel, stride, padding and dilation");
+  for (int i = 0; i < 8; ++i)
+    STD_TORCH_CHECK(geometry[i] >= (i / 2 == 2 ? 0 : 1), "conv_scale_act: geometry out of range");
   const auto in = x.sizes(), size = out.sizes();
-  ConvShape g{in[0],   in[1],     in[2],     in[3],      size[1],    kernel[0],   kernel[1],   size[2],
-              size[3], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], fp32 ? 4 : 2};
+  ConvShape g{in[0],   in[1],       in[2],       in[3],       size[1],     geometry[0], geometry[1], size[2],
+              size[3], geometry[2], geometry[3], geometry[4], geometry[5], geometry[6], geometry[7], fp32 ? 4 : 2};
   set_depth(g);
   const auto extent = [](int64_t n, int64_t pad, int64_t dil, int64_t taps, int64_t step) {
     return (n + 2 * pad - dil * (taps - 1) - 1) / step + 1;
@@ -203,7 +201,6 @@ void conv_scale_act(const Tensor& x, const Tensor& packed, const Tensor& scale, 
                                        residual ? static_cast<const char*>(residual->const_data_ptr()) : nullptr,
                                        static_cast<char*>(out.mutable_data_ptr()),
                                        act};
-  if (out.numel() * g.element >= kHugeOutput) advise_huge_pages(args.out, out.numel() * g.element);
 #if defined(__x86_64__)
   fp32 ? run<Avx512Kernel>(g, args) : run<AmxKernel>(g, args);
 #endif

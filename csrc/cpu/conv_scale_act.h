@@ -16,11 +16,11 @@ bool conv_supported(int64_t dtype_bits);
 // weight [K, C, R, S], fp32 or bf16 -> panels of 32 output channels, filled up with zeros.
 torch::stable::Tensor conv_pack(const torch::stable::Tensor& weight);
 
-// out = act(conv(x, weight) * scale + shift + residual), accumulated and finished in fp32.
+// out = act(conv(x, weight) * scale + shift + residual), accumulated and finished in fp32; `residual` may be `out`.
+// geometry: kernel, stride, padding and dilation, each (height, width).
 void conv_scale_act(const torch::stable::Tensor& x, const torch::stable::Tensor& packed,
                     const torch::stable::Tensor& scale, const torch::stable::Tensor& shift,
-                    const std::optional<torch::stable::Tensor>& residual, std::vector<int64_t> kernel,
-                    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                    int64_t act, torch::stable::Tensor out);
+                    const std::optional<torch::stable::Tensor>& residual, std::vector<int64_t> geometry, int64_t act,
+                    torch::stable::Tensor out);
 
 }  // namespace fused_resnet::cpu

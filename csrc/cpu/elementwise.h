@@ -1,4 +1,4 @@
-// What the training kernels share outside the instruction sets: element types, activation codes, memory hints.
+// What the training kernels share outside the instruction sets: element types, activation codes.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -6,10 +6,6 @@
 
 #include <cstdint>
 #include <optional>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace fused_resnet::cpu {
 
@@ -26,19 +22,6 @@ inline bool is_bf16(const torch::stable::Tensor& t) {
 
 inline const void* data_or_null(const std::optional<torch::stable::Tensor>& t) {
   return t ? t->const_data_ptr() : nullptr;
-}
-
-// A fresh output of many megabytes costs more in page faults, one for 4 KB, than in its writes: ask for 2 MB pages.
-inline void* writable(const torch::stable::Tensor& t) {
-  void* data = t.mutable_data_ptr();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kHuge = std::uintptr_t{2} << 20;
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(data);
-  const std::uintptr_t first = (begin + kHuge - 1) & ~(kHuge - 1);
-  const std::uintptr_t last = (begin + static_cast<std::uintptr_t>(t.numel()) * t.element_size()) & ~(kHuge - 1);
-  if (last > first + kHuge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#endif
-  return data;
 }
 
 }  // namespace fused_resnet::cpu

@@ -77,32 +77,33 @@ def engine_takes(dtype: torch.dtype, args) -> bool:
 
 def conv_scale_act(x, weight, scale, shift, residual, args, act):
     x = channels_last(x)
-    residual = _optional(residual)
-    if engine_takes(x.dtype, args):
-        return _conv_engine(x, weight, scale, shift, residual, args, act)
-    return _conv_onednn(x, weight, scale, shift, residual, args, act)
+    return prepare_conv_scale_act(x, weight, scale, shift, args, act)(x, _optional(residual), None)
 
 
-def _conv_engine(x, weight, scale, shift, residual, args, act):
+def prepare_conv_scale_act(x, weight, scale, shift, args, act):
+    """Return `run(x, residual, out)` for channels_last inputs like x; `out` is the residual or None."""
+    prepare = _prepare_engine if engine_takes(x.dtype, args) else _prepare_onednn
+    return prepare(x, weight, scale, shift, args, act)
+
+
+def _prepare_engine(x, weight, scale, shift, args, act):
     pack = torch.ops.fused_resnet_C.conv_pack
     weights = packed(weight, ("engine", x.dtype), lambda: pack(weight.detach().to(x.dtype).contiguous()))
-    k, _, r, s = weight.shape
-    out = _empty_output(x, k, (r, s), args)
-    torch.ops.fused_resnet_C.conv_scale_act(
-        x, weights, scale.float(), shift.float(), residual, (r, s), args.stride, args.padding, args.dilation,
-        ACT_CODES[act], out,
-    )  # fmt: skip
-    return out
+    scale, shift = scale.detach().float(), shift.detach().float()
+    size, dtype, code = args.output_size(x, weight), x.dtype, ACT_CODES[act]
+    geometry = (*weight.shape[2:], *args.stride, *args.padding, *args.dilation)
+    kernel = torch.ops.fused_resnet_C.conv_scale_act.default
+
+    def run(x, residual, out):
+        if out is None:
+            out = _empty(size, dtype)
+        kernel(x, weights, scale, shift, residual, geometry, code, out)
+        return out
+
+    return run
 
 
-def _empty_output(x, channels, kernel, args):
-    n, _, h, w = x.shape
-    p = (h + 2 * args.padding[0] - args.dilation[0] * (kernel[0] - 1) - 1) // args.stride[0] + 1
-    q = (w + 2 * args.padding[1] - args.dilation[1] * (kernel[1] - 1) - 1) // args.stride[1] + 1
-    return torch.empty((n, channels, p, q), dtype=x.dtype, memory_format=torch.channels_last)
-
-
-def _conv_onednn(x, weight, scale, shift, residual, args, act):
+def _prepare_onednn(x, weight, scale, shift, args, act):
     conv_args = (list(args.padding), list(args.stride), list(args.dilation), args.groups)
 
     def fold():  # scale goes into the weight, in fp32, rounded once
@@ -113,13 +114,18 @@ def _conv_onednn(x, weight, scale, shift, residual, args, act):
     form = ("oneDNN", x.dtype, tuple(x.shape), args)
     weights = packed(weight, form, fold, scale)
     bias = packed(shift, ("bias", x.dtype), lambda: shift.detach().to(x.dtype, copy=True))
-    if residual is None:
-        y = torch.ops.mkldnn._convolution_pointwise(x, weights, bias, *conv_args, "none", [], "")
-    else:
-        y = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, weights, bias, *conv_args, "add", 1.0, None, [], None
-        )
-    return channels_last(_act_in_place(y, act))
+    tail = ("add", 1.0, None, [], None)
+
+    def run(x, residual, out):
+        if residual is None:
+            y = torch.ops.mkldnn._convolution_pointwise(x, weights, bias, *conv_args, "none", [], "")
+        elif out is None:
+            y = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weights, bias, *conv_args, *tail)
+        else:
+            y = torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, weights, bias, *conv_args, *tail)
+        return channels_last(_act_in_place(y, act))
+
+    return run
 
 
 def _act_in_place(y: Tensor, act: str) -> Tensor:
@@ -130,16 +136,24 @@ def _act_in_place(y: Tensor, act: str) -> Tensor:
     return {"relu": torch.relu_, "hardswish": torch.ops.aten.hardswish_, "silu": torch.ops.aten.silu_}[act](y)
 
 
+def _empty(size, dtype: torch.dtype) -> Tensor:
+    """An output: channels_last, in memory that is kept from call to call."""
+    out = torch.ops.fused_resnet_C.empty_channels_last.default(size, dtype)
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        out.fill_(float("nan"))  # as torch.empty
+    return out
+
+
 def scale_act(x, scale, shift, residual, act):
     x = channels_last(x)
     residual = _optional(residual)
-    out = torch.empty_like(x)
+    out = _empty(x.shape, x.dtype)
     torch.ops.fused_resnet_C.scale_act(x, scale.float(), shift.float(), residual, ACT_CODES[act], out)
     return out
 
 
 def add_act(x, residual, act):
-    x, out = channels_last(x), torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    x, out = channels_last(x), _empty(x.shape, x.dtype)
     torch.ops.fused_resnet_C.add_act_fwd(x, channels_last(residual), ACT_CODES[act], out)
     return out
 
@@ -147,7 +161,7 @@ def add_act(x, residual, act):
 def add_act_backward(grad, y, x, residual, act):
     if act == "none":
         return channels_last(grad)
-    out = torch.empty_like(y)
+    out = _empty(y.shape, y.dtype)
     torch.ops.fused_resnet_C.add_act_bwd(channels_last(grad), y, _optional(x), _optional(residual), ACT_CODES[act], out)
     return out
 
@@ -163,7 +177,7 @@ def _vector(value: Tensor | None) -> Tensor | None:
 def bn_act(x, weight, bias, residual, eps, act):
     x = channels_last(x)
     residual = _optional(residual)
-    y = torch.empty_like(x)
+    y = _empty(x.shape, x.dtype)
     mean, var = torch.empty(x.shape[1]), torch.empty(x.shape[1])
     torch.ops.fused_resnet_C.bn_act_fwd(x, _vector(weight), _vector(bias), residual, eps, ACT_CODES[act], y, mean, var)
     return y, mean, var
@@ -172,8 +186,8 @@ def bn_act(x, weight, bias, residual, eps, act):
 def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs):
     x = channels_last(x)
     nothing = x.new_empty(0)
-    d_x = torch.empty_like(x) if needs[0] else None
-    d_residual = torch.empty_like(x) if needs[3] else None
+    d_x = _empty(x.shape, x.dtype) if needs[0] else None
+    d_residual = _empty(x.shape, x.dtype) if needs[3] else None
     d_weight, d_bias = torch.empty_like(mean), torch.empty_like(mean)
     torch.ops.fused_resnet_C.bn_act_bwd(
         channels_last(grad), x, y, _optional(residual),

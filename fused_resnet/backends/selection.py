@@ -8,6 +8,7 @@ import contextvars
 import os
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from fused_resnet.backends import cpu, reference
@@ -83,10 +84,10 @@ def select(op: str, backend: str, x: Tensor, weight: Tensor | None = None, args=
         if reason:
             raise RuntimeError(f"{op}: backend {name!r} cannot run this: {reason}; use backend='reference'")
         return found
-    shape = None if weight is None else weight.shape
-    found = _heuristic.get((op, x.device, x.dtype, shape, args))
+    problem = (op, x.device, x.dtype, None if weight is None else weight.shape, args, torch._C._get_mkldnn_enabled())
+    found = _heuristic.get(problem)
     if found is None:
-        found = _heuristic[op, x.device, x.dtype, shape, args] = _first_that_can(op, x, weight, args)
+        found = _heuristic[problem] = _first_that_can(op, x, weight, args)
     return found
 
 

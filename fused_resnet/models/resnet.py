@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fused_resnet.models.registry import factory, register
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
-from fused_resnet.modules.blocks import BasicBlock, Bottleneck, PadShortcut, conv1x1
+from fused_resnet.modules.blocks import BasicBlock, Bottleneck, PadShortcut, conv1x1, run_in_turn
 
 SHORTCUTS = ("A", "B", "C", "none")
 
@@ -157,7 +157,7 @@ def make_shortcut(kind: str, in_planes: int, out_planes: int, stride: int, norm_
 def run_blocks(stage: nn.Sequential, x: Tensor, lean: bool) -> Tensor:
     """Run a stage; `lean`: in training, keep only each block's input and compute the block again in the backward."""
     if not (lean and torch.is_grad_enabled() and stage.training) or unit.hooked(stage):
-        return stage(x)
+        return run_in_turn(stage, x)
     for block in stage:
         x = checkpoint(block, x, use_reentrant=False)
     return x

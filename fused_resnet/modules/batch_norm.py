@@ -109,8 +109,8 @@ def _fold(bn: nn.BatchNorm2d, conv_bias: Tensor | None) -> tuple[Tensor, Tensor]
     return scale, shift if conv_bias is None else shift + conv_bias.to(scale.dtype) * scale
 
 
-def forget(module: nn.Module) -> None:
-    """Drop what was derived from the parameters of `module` itself: they may have been written through `.data`."""
+def forget_folded(module: nn.Module) -> None:
+    """Drop the scale and shift of `module`, and the packed forms of its parameters."""
     _folded.pop(module, None)
     for parameter in module._parameters.values():
         if parameter is not None:

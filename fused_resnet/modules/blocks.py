@@ -4,13 +4,23 @@ Names of parameters and arguments are torchvision's. Hooks on the block itself w
 that child run by itself, unfused.
 """
 
+import contextvars
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
+
+
+# The map that the running block may overwrite.
+_given: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("fused_resnet_given", default=None)
+
+
+def _is_given(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and _given.get() is x
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -49,17 +59,17 @@ class _ResidualBlock(unit.FusedModule):
     residual: bool = True
     downsample: nn.Module | None
 
-    def shortcut(self, x: Tensor) -> Tensor | None:
-        """What is added to the main branch; None in a plain network."""
+    def shortcut(self, x: Tensor) -> tuple[Tensor | None, bool]:
+        """What is added to the main branch, None in a plain network; and whether nobody else can see it."""
         if not self.residual:
-            return None
+            return None, False
         if self.downsample is None:
-            return x
+            return x, _is_given(x) and unit.fusible(self.conv1, self.bn1)
         if type(self.downsample) is nn.Sequential and len(self.downsample) == 2 and not unit.hooked(self.downsample):
             conv, bn = self.downsample
             if isinstance(conv, nn.Conv2d):
-                return unit.conv_bn_act(conv, bn, x, act="none")
-        return self.downsample(x)
+                return unit.conv_bn_act(conv, bn, x, act="none"), unit.fusible(conv, bn)
+        return self.downsample(x), False
 
 
 class BasicBlock(_ResidualBlock):
@@ -109,9 +119,9 @@ class BasicBlock(_ResidualBlock):
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.shortcut(x)
+        residual, ours = self.shortcut(x)
         y = unit.conv_bn_act(self.conv1, self.bn1, x)
-        return unit.conv_bn_act(self.conv2, self.bn2, y, residual)
+        return unit.conv_bn_act(self.conv2, self.bn2, y, residual, overwrite=ours)
 
 
 class Bottleneck(_ResidualBlock):
@@ -164,7 +174,29 @@ class Bottleneck(_ResidualBlock):
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.shortcut(x)
+        residual, ours = self.shortcut(x)
         y = unit.conv_bn_act(self.conv1, self.bn1, x)
         y = unit.conv_bn_act(self.conv2, self.bn2, y)
-        return unit.conv_bn_act(self.conv3, self.bn3, y, residual)
+        return unit.conv_bn_act(self.conv3, self.bn3, y, residual, overwrite=ours)
+
+
+def run_in_turn(stage: nn.Sequential, x: Tensor) -> Tensor:
+    """Return `stage(x)`; in inference each block may overwrite what the one before it has returned.
+
+    That saves writing a stage's widest map to fresh memory for every block. A map is given away only where both blocks
+    are known to keep nothing of it and no hook could have taken it.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(stage) is not nn.Sequential:
+        return stage(x)
+    if unit.hooked(stage) or unit.hooked_everywhere():
+        return stage(x)
+    before = False
+    for block in stage:
+        plain = type(block) in (BasicBlock, Bottleneck) and "forward" not in vars(block) and not unit.hooked(block)
+        token = _given.set(x if before and plain else None)
+        try:
+            x = block(x)
+        finally:
+            _given.reset(token)
+        before = plain
+    return x

@@ -18,10 +18,11 @@ from fused_resnet.modules.batch_norm import (
     BatchNorm2d,
     count_batch,
     folded,
-    forget,
+    forget_folded,
     training_arguments,
     uses_batch_statistics,
 )
+from fused_resnet.modules.prepared import forget_prepared, prepared
 
 ACT_FUNCTIONS = {
     "none": lambda x: x,
@@ -66,6 +67,12 @@ def _activate(x: Tensor, act: str) -> Tensor:
     return (plain_activation if torch.compiler.is_compiling() else _unfused.get())(x, act)
 
 
+def forget(module: nn.Module) -> None:
+    """Drop what was derived from the parameters of `module` itself: they may have been written through `.data`."""
+    forget_prepared(module)
+    forget_folded(module)
+
+
 class FusedModule(nn.Module):
     """Base of the modules that run their children fused: drops derived values whenever the mode is set."""
 
@@ -81,6 +88,17 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def hooked_everywhere() -> bool:
+    """Whether hooks are registered that every module runs."""
+    module = torch.nn.modules.module
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
+
+
 def plain_convolution(conv: nn.Module) -> bool:
     return type(conv).forward is nn.Conv2d.forward and conv.padding_mode == "zeros" and not hooked(conv)
 
@@ -89,10 +107,27 @@ def plain_batch_norm(bn: nn.Module) -> bool:
     return type(bn) in (BatchNorm2d, nn.BatchNorm2d) and not hooked(bn)
 
 
-def conv_bn_act(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "relu") -> Tensor:
-    """Return `act(bn(conv(x)) + residual)`."""
-    if is_unfused() or not (plain_convolution(conv) and plain_batch_norm(bn)):
+def fusible(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether the two run as one operator."""
+    return not is_unfused() and plain_convolution(conv) and plain_batch_norm(bn)
+
+
+def conv_bn_act(
+    conv: nn.Module,
+    bn: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    act: str = "relu",
+    *,
+    overwrite: bool = False,
+) -> Tensor:
+    """Return `act(bn(conv(x)) + residual)`; `overwrite`: nobody else sees the residual, its memory may be the output's."""
+    if not fusible(conv, bn):
         return bn_act(bn, conv(x), residual, act)
+    if not uses_batch_statistics(bn):
+        run = prepared(conv, bn, x, residual, act)
+        if run is not None:
+            return run(x, residual, residual if overwrite else None)
     geometry = {
         "residual": residual,
         "stride": conv.stride,

@@ -4,5 +4,6 @@ from fused_resnet.ops.add_act import add_act
 from fused_resnet.ops.bn_act import bn_act, scale_act
 from fused_resnet.ops.conv_bn_act import conv_bn_act
 from fused_resnet.ops.conv_scale_act import conv_scale_act
+from fused_resnet.ops.conv_scale_act import prepare_conv_scale_act as prepare_conv_scale_act
 
 __all__ = ["add_act", "bn_act", "conv_bn_act", "conv_scale_act", "scale_act"]

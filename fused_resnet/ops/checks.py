@@ -8,30 +8,6 @@ from torch import Tensor
 from fused_resnet.backends import ACTIVATIONS
 
 
-class Remembered(dict):
-    """A dict that starts again when it has grown to `most` entries; a key of None is never found."""
-
-    most = 4096
-
-    def __setitem__(self, key, value):
-        if len(self) >= self.most:
-            self.clear()
-        super().__setitem__(key, value)
-
-
-def signature(*arguments):
-    """Everything that the checks look at, hashable; None while tracing, and where an argument cannot be hashed."""
-    if torch.compiler.is_compiling():
-        return None
-    found = [(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in arguments]
-    found = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), *found)
-    try:
-        hash(found)
-    except (TypeError, RuntimeError):  # a list, or a symbolic size
-        return None
-    return found
-
-
 def under_autocast(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of `tensor`: mixed dtypes are then cast, not refused."""
     return tensor.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tensor.device.type)

@@ -14,6 +14,14 @@ class ConvArgs(NamedTuple):
     dilation: tuple[int, int]
     groups: int
 
+    def output_size(self, x: Tensor, weight: Tensor) -> list[int]:
+        spatial = [
+            (x.shape[i + 2] + 2 * self.padding[i] - self.dilation[i] * (weight.shape[i + 2] - 1) - 1) // self.stride[i]
+            + 1
+            for i in range(2)
+        ]
+        return [x.shape[0], weight.shape[0], *spatial]
+
 
 def pair(op: str, name: str, value, least: int) -> tuple[int, int]:
     values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
@@ -38,7 +46,7 @@ def normalise(op: str, x: Tensor, weight: Tensor, stride, padding, dilation, gro
     stride, dilation = pair(op, "stride", stride, 1), pair(op, "dilation", dilation, 1)
     x, padding = _resolve_padding(op, x, weight, stride, padding, dilation)
     args = ConvArgs(stride, padding, dilation, groups)
-    out = output_size(x, weight, args)
+    out = args.output_size(x, weight)
     if min(out[2:]) < 1:
         raise ValueError(
             f"{op}: an image of {tuple(x.shape[2:])} is too small for a kernel of {tuple(weight.shape[2:])} with "
@@ -61,11 +69,3 @@ def _resolve_padding(op, x, weight, stride, padding, dilation):
     if any(t % 2 for t in total):  # as torch.nn.functional.conv2d: the odd row or column goes to the end
         x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
     return x, left
-
-
-def output_size(x: Tensor, weight: Tensor, args: ConvArgs) -> list[int]:
-    spatial = [
-        (x.shape[i + 2] + 2 * args.padding[i] - args.dilation[i] * (weight.shape[i + 2] - 1) - 1) // args.stride[i] + 1
-        for i in range(2)
-    ]
-    return [x.shape[0], weight.shape[0], *spatial]

@@ -12,7 +12,7 @@ from fused_resnet.ops.bn_act import (
     kept_for_bn_act,
     update_running_statistics,
 )
-from fused_resnet.ops.conv_args import ConvArgs, normalise, output_size
+from fused_resnet.ops.conv_args import ConvArgs, normalise
 from fused_resnet.ops.library import (
     CONV_SCHEMA,
     autocast,
@@ -79,7 +79,7 @@ def conv_bn_act(
     checks.check_eps(eps, training=training)
     x, args = normalise(op, x, weight, stride, padding, dilation, groups)
     checks.check_channels(op, weight.shape[0], conv_bias=conv_bias, **vectors)
-    size = output_size(x, weight, args)
+    size = args.output_size(x, weight)
     checks.check_residual(op, residual, size)
     if not training:
         scale, shift = fold_batch_norm(bn_weight, bn_bias, running_mean, running_var, eps)
@@ -106,7 +106,7 @@ def _impl(x, weight, conv_bias, bn_weight, bn_bias, residual, stride, padding, d
 
 
 def _fake(x, weight, conv_bias, bn_weight, bn_bias, residual, stride, padding, dilation, groups, eps, act, backend):
-    size = output_size(x, weight, ConvArgs(stride, padding, dilation, groups))
+    size = ConvArgs(stride, padding, dilation, groups).output_size(x, weight)
     return empty_channels_last(x, size), empty_channels_last(x, size), *empty_statistics(x, size[1])
 
 

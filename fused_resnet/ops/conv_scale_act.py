@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_resnet.backends import reference
 from fused_resnet.ops import checks
-from fused_resnet.ops.conv_args import ConvArgs, normalise, output_size
+from fused_resnet.ops.conv_args import ConvArgs, normalise
 from fused_resnet.ops.library import (
     CONV_SCHEMA,
     SMOOTH,
@@ -22,10 +22,6 @@ from fused_resnet.ops.library import (
     second_order,
     select,
 )
-
-# Problems that passed the checks, with the normal form of their arguments: at batch 1 the checks would cost as much as
-# the small convolutions.
-_CHECKED = checks.Remembered()
 
 
 def conv_scale_act(
@@ -60,11 +56,26 @@ def conv_scale_act(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is launched.
     """
+    x, args = _checked(x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
+    return torch.ops.fused_resnet.conv_scale_act(x, weight, scale, shift, residual, *args, act, backend or "")
+
+
+def prepare_conv_scale_act(x, weight, scale, shift, *, residual, stride, padding, dilation, groups, act):
+    """Return the kernel that `conv_scale_act` ends at for inputs like these, for callers that see to the rest.
+
+    `run(x, residual, out)` computes the same, written to `out` (which may be the residual) or, for None, to a fresh
+    tensor. It checks nothing, records no gradient, and holds what it derived from weight, scale and shift. None: there
+    is no such kernel.
+    """
+    padded, args = _checked(x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
+    if padded is not x or x.numel() == 0:
+        return None
+    backend = select("conv_scale_act", "", x, weight, args)
+    return backend.prepare_conv_scale_act(x, weight, scale, shift, args, act)
+
+
+def _checked(x, weight, scale, shift, residual, stride, padding, dilation, groups, act) -> tuple[Tensor, ConvArgs]:
     op = "conv_scale_act"
-    seen = checks.signature(x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
-    args = _CHECKED.get(seen)
-    if args is not None:
-        return torch.ops.fused_resnet.conv_scale_act(x, weight, scale, shift, residual, *args, act, backend or "")
     checks.check_input(op, x)
     checks.check_act(op, act)
     checks.check_same_device(op, x, weight=weight, scale=scale, shift=shift, residual=residual)
@@ -72,10 +83,8 @@ def conv_scale_act(
         checks.check_same_dtype(op, x, weight=weight, residual=residual)
     x, args = normalise(op, x, weight, stride, padding, dilation, groups)
     checks.check_channels(op, weight.shape[0], scale=scale, shift=shift)
-    checks.check_residual(op, residual, output_size(x, weight, args))
-    if seen is not None and not isinstance(padding, str):  # "same" may have padded x
-        _CHECKED[seen] = args
-    return torch.ops.fused_resnet.conv_scale_act(x, weight, scale, shift, residual, *args, act, backend or "")
+    checks.check_residual(op, residual, args.output_size(x, weight))
+    return x, args
 
 
 def _impl(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, backend):
@@ -88,7 +97,7 @@ def _impl(x, weight, scale, shift, residual, stride, padding, dilation, groups, 
 
 
 def _fake(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, backend):
-    return empty_channels_last(x, output_size(x, weight, ConvArgs(stride, padding, dilation, groups)))
+    return empty_channels_last(x, ConvArgs(stride, padding, dilation, groups).output_size(x, weight))
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,0 +1,119 @@
+#include "cpu/output.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <unordered_map>
+
+#include "cpu/memory.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kAlignment = 64;         // a cache line
+constexpr int64_t kKeepFrom = 1 << 20;     // smaller blocks stay in malloc's own lists
+constexpr int64_t kGrain = 2 << 20;        // kept blocks are whole large pages
+constexpr int64_t kMostIdle = 1ll << 30;   // bytes kept beyond those in use; a training step of ResNet-50 wants as much
+
+int64_t round_up(int64_t bytes, int64_t grain) {
+  return (bytes + grain - 1) / grain * grain;
+}
+
+void* allocate(int64_t bytes, int64_t alignment) {
+  void* data = std::aligned_alloc(alignment, round_up(std::max<int64_t>(bytes, 1), alignment));
+  if (!data) throw std::bad_alloc();
+  return data;
+}
+
+class Cache {
+ public:
+  void* take(int64_t bytes) {
+    bytes = round_up(bytes, kGrain);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto best = idle_.end();  // the smallest that holds it, unless half of it would lie idle
+    for (auto it = idle_.begin(); it != idle_.end(); ++it)
+      if (it->bytes >= bytes && it->bytes <= 2 * bytes && (best == idle_.end() || it->bytes < best->bytes)) best = it;
+    if (best == idle_.end()) {
+      void* data = allocate(bytes, kGrain);
+      advise_huge_pages(data, bytes);
+      in_use_[data] = bytes;
+      return data;
+    }
+    const Block block = *best;
+    idle_.erase(best);
+    idle_bytes_ -= block.bytes;
+    in_use_[block.data] = block.bytes;
+    return block.data;
+  }
+
+  void put(void* data) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = in_use_.find(data);
+    idle_.push_back({data, found->second});
+    idle_bytes_ += found->second;
+    in_use_.erase(found);
+    release(kMostIdle);
+  }
+
+  int64_t clear() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int64_t bytes = idle_bytes_;
+    release(0);
+    return bytes;
+  }
+
+ private:
+  struct Block {
+    void* data;
+    int64_t bytes;
+  };
+
+  // Frees the blocks that have been idle for longest until at most `most` bytes are.
+  void release(int64_t most) {
+    size_t count = 0;
+    for (; idle_bytes_ > most; ++count) {
+      std::free(idle_[count].data);
+      idle_bytes_ -= idle_[count].bytes;
+    }
+    idle_.erase(idle_.begin(), idle_.begin() + count);
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> idle_;  // the longest idle first
+  int64_t idle_bytes_ = 0;
+  std::unordered_map<void*, int64_t> in_use_;
+};
+
+Cache& cache() {
+  static Cache* const value = new Cache;  // never destroyed: tensors may outlive every static object
+  return *value;
+}
+
+}  // namespace
+
+Tensor empty_channels_last(std::vector<int64_t> size, ScalarType dtype) {
+  STD_TORCH_CHECK(size.size() == 4, "empty_channels_last: size must be [N, C, H, W]");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                  "empty_channels_last: dtype must be fp32 or bf16");
+  const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
+  const int64_t strides[] = {h * w * c, 1, w * c, c};
+  const int64_t bytes = n * c * h * w * (dtype == ScalarType::Float ? 4 : 2);
+  const torch::stable::Device device(torch::headeronly::DeviceType::CPU);
+  if (bytes < kKeepFrom)
+    return torch::stable::from_blob(allocate(bytes, kAlignment), size, {strides, 4}, device, dtype,
+                                    [](void* data) { std::free(data); });
+  return torch::stable::from_blob(cache().take(bytes), size, {strides, 4}, device, dtype,
+                                  [](void* data) { cache().put(data); });
+}
+
+int64_t empty_cache() {
+  return cache().clear();
+}
+
+}  // namespace fused_resnet::cpu

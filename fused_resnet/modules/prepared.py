@@ -1,0 +1,90 @@
+"""Convolutions with batch norm in eval mode, prepared once for the inputs that come again and again.
+
+The way through checks, dispatcher and selection to the kernel costs more than a small convolution at batch 1, and ends
+at the same kernel, the same packed weights and the same scale and shift as long as nothing has changed. What could
+change is compared at every call. Nothing is prepared where somebody follows the operators themselves: autograd,
+autocast, torch.compile, tracers, modes, transforms.
+"""
+
+import os
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fused_resnet import ops
+from fused_resnet.backends import context_backend
+from fused_resnet.backends.packing import version
+from fused_resnet.modules.batch_norm import folded
+
+# A convolution is kept ready for this many shapes of input.
+MOST_SHAPES = 16
+
+# For each convolution: the state of what its kernel is derived from, those tensors' memory (freed by `.data =` or
+# `.to()`, its address could come back with other contents), and a kernel, or None, for each input.
+_prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, act: str) -> Callable | None:
+    """Return `run(x, residual, out)` with the result of `act(bn(conv(x)) + residual)`, written to `out` or, for None,
+    to a fresh tensor; None where the operator has to be called.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _plain(x) or _followed():
+        return None
+    like_residual = None
+    if residual is not None:
+        if not _plain(residual):
+            return None
+        like_residual = (residual.shape, residual.dtype)
+    try:
+        sources = (conv._parameters["weight"], conv._parameters["bias"], *_sources(bn))
+    except KeyError:  # a parametrized convolution computes its weight at every call
+        return None
+    state = (bn.eps, *[version(source) for source in sources])
+    key = (
+        x.shape, x.dtype, like_residual, act, conv.stride, conv.padding, conv.dilation, conv.groups,
+        context_backend(), os.environ.get("FUSED_RESNET_BACKEND"), torch._C._get_mkldnn_enabled(),
+    )  # fmt: skip
+    kept = _prepared.get(conv)
+    if kept is None or kept[0] != state or len(kept[2]) > MOST_SHAPES:
+        if any(source is not None and source.is_inference() for source in sources):  # changes to it are not counted
+            return None
+        kept = (state, [None if source is None else source.detach() for source in sources], {})
+        _prepared[conv] = kept
+    try:
+        return kept[2][key]
+    except KeyError:
+        pass
+    run = ops.prepare_conv_scale_act(
+        x, conv.weight, *folded(bn, conv.bias),
+        residual=residual, stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups, act=act,
+    )  # fmt: skip
+    kept[2][key] = run
+    return run
+
+
+def _sources(bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    parameters, buffers = bn._parameters, bn._buffers
+    return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) is Tensor and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _followed() -> bool:
+    return (
+        torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def forget_prepared(conv: nn.Module) -> None:
+    """Drop what was prepared for `conv`."""
+    _prepared.pop(conv, None)
