@@ -6,7 +6,7 @@
 
 #include "cpu/conv_scale_act.h"
 #include "cpu/cpu.h"
-#include "cpu/output.h"
+#include "cpu/memory.h"
 #include "cpu/train.h"
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {

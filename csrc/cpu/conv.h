@@ -59,7 +59,7 @@ struct Band {
 // that needs weights that stay in L2. All of them read weights from memory once.
 inline int64_t group_tiles(const ConvShape& shape, const Band& band, int64_t panels) {
   const int64_t pair_bytes = 2 * band.tile_rows * shape.channels * shape.element;
-  const bool few = shape.taps == 1 && pair_bytes <= (32 << 10) && panels * shape.panel_bytes() <= (1 << 20);
+  const bool few = shape.taps == 1 && band.num_tiles >= 16 && pair_bytes <= (32 << 10) && panels * shape.panel_bytes() <= (1 << 20);
   return few ? 2 : band.num_tiles + 1;
 }
 

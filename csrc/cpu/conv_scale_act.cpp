@@ -149,8 +149,7 @@ Tensor conv_pack(const Tensor& weight) {
   g.k = size[0], g.c = size[1], g.r = size[2], g.s = size[3], g.element = fp32 ? 4 : 2;
   set_depth(g);
   const int64_t bytes = g.panels() * g.panel_bytes();
-  Tensor packed = torch::stable::empty({bytes / g.element}, weight.scalar_type(), weight.layout(), weight.device());
-  advise_huge_pages(packed.mutable_data_ptr(), bytes);
+  const Tensor packed = empty_packed(bytes / g.element, weight.scalar_type());
   const int64_t strides[] = {stride[0], stride[1], stride[2], stride[3]};
   if (fp32)
     pack(g, static_cast<const uint32_t*>(weight.const_data_ptr()), strides,

@@ -1,22 +1,28 @@
-// Large pages: a fresh output costs a page fault for every page, and weights read once cost a TLB miss.
+// Where outputs and packed weights live: in large pages, whose translations stay in the TLB, and which are not given
+// back to the system and zeroed again between two uses.
 #pragma once
 
-#include <cstdint>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <cstdint>
+#include <vector>
 
 namespace fused_resnet::cpu {
 
-// Asks for 2 MB pages under the part of a buffer that they cover. A hint: nothing depends on it.
-inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
+// An uninitialised dense channels_last tensor, size [N, C, H, W], fp32 or bf16, in memory that is kept when the tensor
+// dies and handed to the next one of about its size. Measured on ResNet-50 at batch 16 in fp32: fresh pages for every
+// output cost 40 % of an inference.
+torch::stable::Tensor empty_channels_last(std::vector<int64_t> size, torch::headeronly::ScalarType dtype);
+
+// An uninitialised vector, packed side by side with its likes. Measured on ResNet-50 at batch 1: with every weight in
+// pages of 4 KB, the last stage reads them at a third of the bandwidth.
+torch::stable::Tensor empty_packed(int64_t numel, torch::headeronly::ScalarType dtype);
+
+// Returns the bytes that were kept for coming outputs, after giving them back to the system.
+int64_t empty_cache();
+
+// Asks for large pages under a buffer that starts at a multiple of 2 MB. A hint: nothing depends on it.
+void advise_huge_pages(void* data, int64_t bytes);
 
 }  // namespace fused_resnet::cpu

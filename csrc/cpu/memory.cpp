@@ -1,14 +1,17 @@
-#include "cpu/output.h"
+#include "cpu/memory.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <unordered_map>
 
-#include "cpu/memory.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fused_resnet::cpu {
 namespace {
@@ -18,7 +21,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kAlignment = 64;         // a cache line
 constexpr int64_t kKeepFrom = 1 << 20;     // smaller blocks stay in malloc's own lists
-constexpr int64_t kGrain = 2 << 20;        // kept blocks are whole large pages
+constexpr int64_t kHuge = 2 << 20;         // a large page; kept blocks are whole ones
+constexpr int64_t kChunk = 8 << 20;        // packed weights come in chunks of this size, larger ones alone
 constexpr int64_t kMostIdle = 1ll << 30;   // bytes kept beyond those in use; a training step of ResNet-50 wants as much
 
 int64_t round_up(int64_t bytes, int64_t grain) {
@@ -34,13 +38,13 @@ void* allocate(int64_t bytes, int64_t alignment) {
 class Cache {
  public:
   void* take(int64_t bytes) {
-    bytes = round_up(bytes, kGrain);
+    bytes = round_up(bytes, kHuge);
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = idle_.end();  // the smallest that holds it, unless half of it would lie idle
     for (auto it = idle_.begin(); it != idle_.end(); ++it)
       if (it->bytes >= bytes && it->bytes <= 2 * bytes && (best == idle_.end() || it->bytes < best->bytes)) best = it;
     if (best == idle_.end()) {
-      void* data = allocate(bytes, kGrain);
+      void* data = allocate(bytes, kHuge);
       advise_huge_pages(data, bytes);
       in_use_[data] = bytes;
       return data;
@@ -95,21 +99,68 @@ Cache& cache() {
   return *value;
 }
 
+// Lives as long as a tensor that lies in it, or until the next one is begun.
+struct Chunk {
+  explicit Chunk(int64_t bytes) : size(bytes), data(static_cast<char*>(allocate(bytes, kHuge))) {
+    advise_huge_pages(data, size);
+  }
+  Chunk(const Chunk&) = delete;
+  Chunk& operator=(const Chunk&) = delete;
+  ~Chunk() { std::free(data); }
+
+  int64_t size, used = 0;
+  char* data;
+};
+
+struct Piece {
+  std::shared_ptr<Chunk> chunk;
+  char* data;
+};
+
+Piece piece(int64_t bytes) {
+  static std::shared_ptr<Chunk>* const current = new std::shared_ptr<Chunk>;  // never destroyed, as above
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  bytes = round_up(bytes, kAlignment);
+  if (!*current || (*current)->used + bytes > (*current)->size)
+    *current = std::make_shared<Chunk>(std::max(kChunk, round_up(bytes, kHuge)));
+  const Piece found{*current, (*current)->data + (*current)->used};
+  (*current)->used += bytes;
+  return found;
+}
+
+int64_t element_size(ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "dtype must be fp32 or bf16");
+  return dtype == ScalarType::Float ? 4 : 2;
+}
+
+const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
+
 }  // namespace
+
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  madvise(data, bytes / kHuge * kHuge, MADV_HUGEPAGE);
+#endif
+}
 
 Tensor empty_channels_last(std::vector<int64_t> size, ScalarType dtype) {
   STD_TORCH_CHECK(size.size() == 4, "empty_channels_last: size must be [N, C, H, W]");
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-                  "empty_channels_last: dtype must be fp32 or bf16");
   const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
   const int64_t strides[] = {h * w * c, 1, w * c, c};
-  const int64_t bytes = n * c * h * w * (dtype == ScalarType::Float ? 4 : 2);
-  const torch::stable::Device device(torch::headeronly::DeviceType::CPU);
+  const int64_t bytes = n * c * h * w * element_size(dtype);
   if (bytes < kKeepFrom)
-    return torch::stable::from_blob(allocate(bytes, kAlignment), size, {strides, 4}, device, dtype,
+    return torch::stable::from_blob(allocate(bytes, kAlignment), size, {strides, 4}, kCpu, dtype,
                                     [](void* data) { std::free(data); });
-  return torch::stable::from_blob(cache().take(bytes), size, {strides, 4}, device, dtype,
+  return torch::stable::from_blob(cache().take(bytes), size, {strides, 4}, kCpu, dtype,
                                   [](void* data) { cache().put(data); });
+}
+
+Tensor empty_packed(int64_t numel, ScalarType dtype) {
+  Piece memory = piece(numel * element_size(dtype));
+  char* data = memory.data;
+  return torch::stable::from_blob(data, {numel}, {1}, kCpu, dtype,
+                                  [chunk = std::move(memory.chunk)](void*) {});
 }
 
 int64_t empty_cache() {
