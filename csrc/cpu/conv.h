@@ -55,12 +55,20 @@ struct Band {
   int64_t tile_rows;  // pixels of each tile: at most 7 (fp32), 16 (bf16)
 };
 
-// How many tiles go through all the panels before the next ones do. Few keep their input in L1 and write whole pixels;
-// that needs weights that stay in L2. All of them read weights from memory once.
-inline int64_t group_tiles(const ConvShape& shape, const Band& band, int64_t panels) {
+// In which order a band's tiles meet the panels of weights.
+//  - All tiles with one panel after the other: weights are read from memory once. The next panel is fetched meanwhile.
+//  - Tiles two by two with all the panels: their input stays in L1 and whole pixels are written. That needs weights that
+//    stay in L2. What the next two tiles read and write is fetched meanwhile: one pass is shorter than a memory access.
+inline bool few_at_once(const ConvShape& shape, const Band& band, int64_t panels) {
   const int64_t pair_bytes = 2 * band.tile_rows * shape.channels * shape.element;
-  const bool few = shape.taps == 1 && band.num_tiles >= 16 && pair_bytes <= (32 << 10) && panels * shape.panel_bytes() <= (1 << 20);
-  return few ? 2 : band.num_tiles + 1;
+  return shape.taps == 1 && band.num_tiles >= 16 && pair_bytes <= (32 << 10) &&
+         panels * shape.panel_bytes() <= (1 << 20);
 }
+
+// Memory that is fetched while a kernel computes, so many lines at each of its steps.
+struct Stream {
+  const char* data = nullptr;
+  int64_t lines = 0;
+};
 
 }  // namespace fused_resnet::cpu

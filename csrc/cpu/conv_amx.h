@@ -40,37 +40,57 @@ struct AmxKernel {
   static void end_thread() { _tile_release(); }
 
   void run(const Band& band, int64_t panel_begin, int64_t panel_end) const {
-    const int64_t passes = (band.num_tiles + 1) / 2, group = group_tiles(shape, band, panel_end - panel_begin) / 2;
-    const int64_t lines = std::max<int64_t>(1, 2 * kTileBytes / kLine / std::min(group, passes));
-    const int64_t share = lines * shape.taps * shape.channels / kPanel * kLine;  // bytes that each pass fetches
+    const int64_t passes = (band.num_tiles + 1) / 2, panels = panel_end - panel_begin;
+    const bool few = few_at_once(shape, band, panels);
+    const int64_t group = few ? 1 : passes, steps = shape.taps * shape.channels / kPanel;
+    const int64_t lines = std::max<int64_t>(1, 2 * kTileBytes / kLine / group);
+    const int64_t share = lines * steps * kLine;  // bytes of the next panel that each pass fetches
     alignas(64) float sums[2][2 * kMaxTile][kPanel];
     Pending pending{};
+    Ahead ahead;
     int64_t pass = 0;
-    for (int64_t first = 0; first < passes; first += group)
+    for (int64_t first = 0; first < passes; first += group) {
+      if (few) ahead = next_tiles(band, first + 1, panels * steps);
       for (int64_t j = panel_begin; j < panel_end; ++j) {
         const int64_t left = shape.k - j * kPanel;
         const __mmask32 lanes = left >= 32 ? ~0u : (1u << left) - 1;
-        for (int64_t i = first; i < std::min(first + group, passes); ++i, ++pass) {
+        const char* weight = args.weight + j * shape.panel_bytes();
+        for (int64_t i = first; i < first + group; ++i, ++pass) {
           const Tile* tiles = band.tiles + 2 * i;
           const bool pair = 2 * i + 1 < band.num_tiles;
-          const bool fetch = j + 1 < panel_end && (i + 1) * share <= shape.panel_bytes();
-          const char* weight = args.weight + j * shape.panel_bytes();
-          const Next next{weight + shape.panel_bytes() + i * share, fetch ? lines : 0};
-          const Pending current = begin(tiles, pair ? 2 : 1, j * kPanel, lanes, sums[pass % 2]);
-          pair ? multiply<2>(band, tiles, weight, next, sums[pass % 2], pending)
-               : multiply<1>(band, tiles, weight, next, sums[pass % 2], pending);
+          if (!few) {
+            const bool fetch = j + 1 < panel_end && (i + 1) * share <= shape.panel_bytes();
+            ahead.input = {weight + shape.panel_bytes() + i * share, fetch ? lines : 0};
+          }
+          const Pending current = begin(tiles, pair ? 2 : 1, j * kPanel, lanes, sums[pass % 2], !few);
+          pair ? multiply<2>(band, tiles, weight, ahead, sums[pass % 2], pending)
+               : multiply<1>(band, tiles, weight, ahead, sums[pass % 2], pending);
           store(pending, 2 * kMaxTile);
           pending = current;
         }
       }
+    }
     store(pending, 2 * kMaxTile);
   }
 
  private:
-  struct Next {
-    const char* weight;  // of the following panel, fetched to L2 while this one computes
-    int64_t lines;       // cache lines of it for each step
+  struct Ahead {
+    Stream input, residual, out;  // the input, or the weights of the following panel
   };
+
+  // What the tiles of another pass read and write, for `steps` steps to fetch.
+  Ahead next_tiles(const Band& band, int64_t pass, int64_t steps) const {
+    Ahead ahead;
+    if (2 * pass + 1 >= band.num_tiles) return ahead;
+    const Tile* tiles = band.tiles + 2 * pass;
+    const int64_t in_lines = 2 * kMaxTile * band.pixel_stride / kLine, out_bytes = shape.k * 2;
+    ahead.input = {band.base + tiles[0].in, ceil_div(in_lines, steps)};
+    const int64_t out_lines = (tiles[1].out - tiles[0].out + kMaxTile) * out_bytes / kLine;
+    ahead.out = {args.out + tiles[0].out * out_bytes, ceil_div(out_lines, steps)};
+    if (args.residual && args.residual != args.out)
+      ahead.residual = {args.residual + tiles[0].out * out_bytes, ahead.out.lines};
+    return ahead;
+  }
 
   // Sums that wait to be scaled and written: that happens between the steps of the next pass, while its tiles multiply.
   struct Pending {
@@ -81,15 +101,16 @@ struct AmxKernel {
     int64_t at[2];  // bytes from the output to the next row of each tile
   };
 
-  // The residual and the output are fetched now and used a pass later.
-  Pending begin(const Tile* tiles, int count, int64_t k0, __mmask32 lanes, const float (*sums)[kPanel]) const {
+  // With `fetch`, the residual and the output are fetched now and used a pass later.
+  Pending begin(const Tile* tiles, int count, int64_t k0, __mmask32 lanes, const float (*sums)[kPanel],
+                bool fetch) const {
     Pending p{sums, 0, lanes, k0, {}};
     const bool apart = args.residual && args.residual != args.out;
     for (int t = 0; t < count; ++t) {
       p.rows |= tiles[t].rows << (16 * t);
       p.at[t] = (tiles[t].out * shape.k + k0) * 2;
       int64_t at = p.at[t];
-      for (int m = __builtin_popcount(tiles[t].rows); m > 0; --m, at += shape.k * 2) {
+      for (int m = fetch ? __builtin_popcount(tiles[t].rows) : 0; m > 0; --m, at += shape.k * 2) {
         __builtin_prefetch(args.out + at, 1, 3);
         if (apart) __builtin_prefetch(args.residual + at, 0, 3);
       }
@@ -98,7 +119,7 @@ struct AmxKernel {
   }
 
   template <int kTiles>
-  void multiply(const Band& band, const Tile* tiles, const char* w, Next next, float (*sums)[kPanel],
+  void multiply(const Band& band, const Tile* tiles, const char* w, Ahead& ahead, float (*sums)[kPanel],
                 Pending& pending) const {
     const int64_t stride = band.pixel_stride;
     const int64_t rows_per_step = ceil_div(2 * kMaxTile * kPanel, shape.taps * shape.channels);
@@ -124,8 +145,12 @@ struct AmxKernel {
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
         }
-        for (int64_t i = 0; i < next.lines; ++i, next.weight += kLine)
-          __builtin_prefetch(next.weight, 0, 2);
+        for (int64_t i = 0; i < ahead.input.lines; ++i, ahead.input.data += kLine)
+          __builtin_prefetch(ahead.input.data, 0, 2);
+        for (int64_t i = 0; i < ahead.out.lines; ++i, ahead.out.data += kLine)
+          __builtin_prefetch(ahead.out.data, 1, 2);
+        for (int64_t i = 0; i < ahead.residual.lines; ++i, ahead.residual.data += kLine)
+          __builtin_prefetch(ahead.residual.data, 0, 2);
         store(pending, rows_per_step);
         w += 2 * kTileBytes;
       }

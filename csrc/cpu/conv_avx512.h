@@ -74,8 +74,8 @@ struct Avx512Kernel {
 
   struct Panel {
     const float* weight;
-    const char* next;    // weights that the following panel needs, fetched to L2 while this one computes
-    int64_t next_step;   // bytes of them for each channel
+    const char* next;    // what comes next is fetched to L2 while this one computes: weights of the following panel,
+    int64_t next_step;   // or the input and output of the following tiles; so many bytes for each channel
     __mmask16 lanes[2];  // channels that exist
     int64_t k0;
   };
@@ -84,20 +84,24 @@ struct Avx512Kernel {
   static void end_thread() {}
 
   void run(const Band& band, int64_t panel_begin, int64_t panel_end) const {
-    const int64_t passes = (band.num_tiles + 1) / 2, group = group_tiles(shape, band, panel_end - panel_begin) / 2;
-    const int64_t sharing = std::min(group, passes);
-    const int64_t spread = sharing >= 8 ? 8 : sharing >= 4 ? 4 : sharing >= 2 ? 2 : 1;  // passes that fetch
+    const int64_t passes = (band.num_tiles + 1) / 2;
+    const bool few = few_at_once(shape, band, panel_end - panel_begin);
+    const int64_t group = few ? 1 : passes;
+    const int64_t spread = group >= 8 ? 8 : group >= 4 ? 4 : group >= 2 ? 2 : 1;  // passes that fetch
     for (int64_t first = 0; first < passes; first += group)
       for (int64_t j = panel_begin; j < panel_end; ++j) {
         const int64_t left = shape.k - j * kPanel;
         const char* weight = args.weight + j * shape.panel_bytes();
-        Panel panel{reinterpret_cast<const float*>(weight), nullptr, 0, {}, j * kPanel};
+        Panel panel{reinterpret_cast<const float*>(weight), weight, 0, {}, j * kPanel};
         panel.lanes[0] = left >= 16 ? 0xffff : (1u << left) - 1;
         panel.lanes[1] = left >= 32 ? 0xffff : left > 16 ? (1u << (left - 16)) - 1 : 0;
-        for (int64_t i = first; i < std::min(first + group, passes); ++i) {
-          const bool fetch = j + 1 < panel_end && i < spread;
-          panel.next = fetch ? weight + shape.panel_bytes() + i * shape.panel_bytes() / spread : weight;
-          panel.next_step = fetch ? 2 * kLine / spread : 0;
+        if (few) fetch_next_tiles(band, first + 1, j - panel_begin, panel);
+        for (int64_t i = first; i < first + group; ++i) {
+          if (!few) {
+            const bool fetch = j + 1 < panel_end && i < spread;
+            panel.next = fetch ? weight + shape.panel_bytes() + i * shape.panel_bytes() / spread : weight;
+            panel.next_step = fetch ? 2 * kLine / spread : 0;
+          }
           const bool pair = 2 * i + 1 < band.num_tiles;
           (pair ? kTable2 : kTable1)[band.tile_rows](*this, band, band.tiles + 2 * i, panel);
         }
@@ -106,6 +110,24 @@ struct Avx512Kernel {
 
  private:
   using Fn = void (*)(const Avx512Kernel&, const Band&, const Tile*, const Panel&);
+
+  // Gives panel number `turn` its part, a line for each channel, of what the tiles of another pass read and write.
+  void fetch_next_tiles(const Band& band, int64_t pass, int64_t turn, Panel& panel) const {
+    if (2 * pass + 1 >= band.num_tiles) return;
+    const Tile* tiles = band.tiles + 2 * pass;
+    const int64_t part = shape.channels * kLine, pixel = shape.k * int64_t{sizeof(float)};
+    const int64_t in_parts = ceil_div(2 * band.tile_rows * band.pixel_stride, part);
+    const int64_t out_parts = ceil_div((tiles[1].out - tiles[0].out + band.tile_rows) * pixel, part);
+    const bool apart = args.residual && args.residual != args.out;
+    const char* from = nullptr;
+    if (turn < in_parts)
+      from = band.base + tiles[0].in;
+    else if ((turn -= in_parts) < out_parts)
+      from = args.out + tiles[0].out * pixel;
+    else if ((turn -= out_parts) < out_parts && apart)
+      from = args.residual + tiles[0].out * pixel;
+    if (from) panel.next = from + turn * part, panel.next_step = kLine;
+  }
 
   template <int M, int kTiles>
   static void compute(const Avx512Kernel& self, const Band& band, const Tile* tiles, const Panel& panel) {
