@@ -6,6 +6,7 @@
 
 #include "cpu/conv_scale_act.h"
 #include "cpu/cpu.h"
+#include "cpu/max_pool.h"
 #include "cpu/memory.h"
 #include "cpu/train.h"
 
@@ -37,6 +38,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def(
       "conv_scale_act(Tensor x, Tensor packed, Tensor scale, Tensor shift, Tensor? residual, int[] geometry, int act, "
       "Tensor(a!) out) -> ()");
+  m.def("max_pool(Tensor x, int[] geometry, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {
@@ -49,6 +51,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
   m.impl("conv_pack", TORCH_BOX(&fused_resnet::cpu::conv_pack));
   m.impl("conv_scale_act", TORCH_BOX(&fused_resnet::cpu::conv_scale_act));
+  m.impl("max_pool", TORCH_BOX(&fused_resnet::cpu::max_pool));
   m.impl("bn_act_fwd", TORCH_BOX(&fused_resnet::cpu::bn_act_fwd));
   m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::cpu::bn_act_bwd));
   m.impl("scale_act", TORCH_BOX(&fused_resnet::cpu::scale_act));

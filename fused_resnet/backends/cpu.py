@@ -144,6 +144,12 @@ def _empty(size, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def max_pool2d(x, kernel, stride, padding, size):
+    out = _empty((*x.shape[:2], *size), x.dtype)
+    torch.ops.fused_resnet_C.max_pool(x, (*kernel, *stride, *padding), out)
+    return out
+
+
 def scale_act(x, scale, shift, residual, act):
     x = channels_last(x)
     residual = _optional(residual)

@@ -14,6 +14,7 @@ from fused_resnet.models.registry import factory, register
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
 from fused_resnet.modules.blocks import BasicBlock, Bottleneck, PadShortcut, conv1x1, run_in_turn
+from fused_resnet.modules.max_pool import MaxPool2d
 
 SHORTCUTS = ("A", "B", "C", "none")
 
@@ -68,7 +69,7 @@ class ResNet(unit.FusedModule):
         self.lean, self.shortcut, self.stride_on = lean, shortcut, stride_on
         self.conv1 = nn.Conv2d(in_channels, self.inplanes, 7, stride=2, padding=3, bias=False)
         self.bn1 = self._norm_layer(self.inplanes)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = MaxPool2d(3, stride=2, padding=1)
         self.layer1 = self._make_layer(block, 64, layers[0])
         self.layer2 = self._make_layer(block, 128, layers[1], stride=2, dilate=dilate[0])
         self.layer3 = self._make_layer(block, 256, layers[2], stride=2, dilate=dilate[1])

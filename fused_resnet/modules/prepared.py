@@ -2,8 +2,7 @@
 
 The way through checks, dispatcher and selection to the kernel costs more than a small convolution at batch 1, and ends
 at the same kernel, the same packed weights and the same scale and shift as long as nothing has changed. What could
-change is compared at every call. Nothing is prepared where somebody follows the operators themselves: autograd,
-autocast, torch.compile, tracers, modes, transforms.
+change is compared at every call.
 """
 
 import os
@@ -12,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fused_resnet import ops
 from fused_resnet.backends import context_backend
@@ -31,13 +29,9 @@ def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | 
     """Return `run(x, residual, out)` with the result of `act(bn(conv(x)) + residual)`, written to `out` or, for None,
     to a fresh tensor; None where the operator has to be called.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _plain(x) or _followed():
+    if not ops.may_call_directly(x, residual):
         return None
-    like_residual = None
-    if residual is not None:
-        if not _plain(residual):
-            return None
-        like_residual = (residual.shape, residual.dtype)
+    like_residual = None if residual is None else (residual.shape, residual.dtype)
     try:
         sources = (conv._parameters["weight"], conv._parameters["bias"], *_sources(bn))
     except KeyError:  # a parametrized convolution computes its weight at every call
@@ -68,21 +62,6 @@ def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | 
 def _sources(bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
     parameters, buffers = bn._parameters, bn._buffers
     return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
-
-
-def _plain(x: Tensor) -> bool:
-    return type(x) is Tensor and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _followed() -> bool:
-    return (
-        torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def forget_prepared(conv: nn.Module) -> None:

@@ -1,0 +1,27 @@
+"""When a kernel may be called straight away, without the dispatcher and what hangs on it."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def may_call_directly(*tensors: Tensor | None) -> bool:
+    """Whether nobody follows the operators themselves, and the tensors are dense channels_last on the CPU.
+
+    Followers are autograd, autocast, torch.compile, tracers, modes and transforms: they have to see an operator.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    for x in tensors:
+        if x is not None and not (
+            type(x) is Tensor and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return False
+    return not (
+        torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
