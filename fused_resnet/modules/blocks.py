@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
 
-
 # The map that the running block may overwrite.
 _given: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("fused_resnet_given", default=None)
 

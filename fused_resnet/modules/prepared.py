@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fused_resnet import ops
 from fused_resnet.backends import context_backend
-from fused_resnet.backends.packing import version
 from fused_resnet.modules.batch_norm import folded
 
 # A convolution is kept ready for this many shapes of input.
@@ -32,36 +31,33 @@ def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | 
     if not ops.may_call_directly(x, residual):
         return None
     like_residual = None if residual is None else (residual.shape, residual.dtype)
+    parameters, bn_parameters, buffers = conv._parameters, bn._parameters, bn._buffers
     try:
-        sources = (conv._parameters["weight"], conv._parameters["bias"], *_sources(bn))
-    except KeyError:  # a parametrized convolution computes its weight at every call
+        sources = (
+            parameters["weight"], parameters["bias"], bn_parameters["weight"], bn_parameters["bias"],
+            buffers["running_mean"], buffers["running_var"],
+        )  # fmt: skip
+        state = [bn.eps, *[None if t is None else (t._version, t.data_ptr(), t.dtype) for t in sources]]
+    except (KeyError, RuntimeError):  # a parametrized convolution; inference tensors, whose changes are not counted
         return None
-    state = (bn.eps, *[version(source) for source in sources])
     key = (
         x.shape, x.dtype, like_residual, act, conv.stride, conv.padding, conv.dilation, conv.groups,
         context_backend(), os.environ.get("FUSED_RESNET_BACKEND"), torch._C._get_mkldnn_enabled(),
     )  # fmt: skip
     kept = _prepared.get(conv)
     if kept is None or kept[0] != state or len(kept[2]) > MOST_SHAPES:
-        if any(source is not None and source.is_inference() for source in sources):  # changes to it are not counted
-            return None
-        kept = (state, [None if source is None else source.detach() for source in sources], {})
+        kept = (state, [None if t is None else t.detach() for t in sources], {})
         _prepared[conv] = kept
     try:
         return kept[2][key]
     except KeyError:
         pass
     run = ops.prepare_conv_scale_act(
-        x, conv.weight, *folded(bn, conv.bias),
-        residual=residual, stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups, act=act,
+        x, conv.weight, *folded(bn, conv.bias), residual=residual, act=act,
+        stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
     )  # fmt: skip
     kept[2][key] = run
     return run
-
-
-def _sources(bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
-    parameters, buffers = bn._parameters, bn._buffers
-    return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
 
 
 def forget_prepared(conv: nn.Module) -> None:

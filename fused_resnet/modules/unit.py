@@ -121,7 +121,10 @@ def conv_bn_act(
     *,
     overwrite: bool = False,
 ) -> Tensor:
-    """Return `act(bn(conv(x)) + residual)`; `overwrite`: nobody else sees the residual, its memory may be the output's."""
+    """Return `act(bn(conv(x)) + residual)`.
+
+    `overwrite`: nobody else sees the residual, so that its memory may become the output's.
+    """
     if not fusible(conv, bn):
         return bn_act(bn, conv(x), residual, act)
     if not uses_batch_statistics(bn):
