@@ -40,9 +40,10 @@ class Cache {
   void* take(int64_t bytes) {
     bytes = round_up(bytes, kHuge);
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto best = idle_.end();  // the smallest that holds it, unless half of it would lie idle
+    // The smallest that holds it, unless half of it would lie idle; of equal ones the last, whose lines are in the caches.
+    auto best = idle_.end();
     for (auto it = idle_.begin(); it != idle_.end(); ++it)
-      if (it->bytes >= bytes && it->bytes <= 2 * bytes && (best == idle_.end() || it->bytes < best->bytes)) best = it;
+      if (it->bytes >= bytes && it->bytes <= 2 * bytes && (best == idle_.end() || it->bytes <= best->bytes)) best = it;
     if (best == idle_.end()) {
       void* data = allocate(bytes, kHuge);
       advise_huge_pages(data, bytes);

@@ -86,12 +86,19 @@ def prepare_conv_scale_act(x, weight, scale, shift, args, act):
     return prepare(x, weight, scale, shift, args, act)
 
 
+def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ops.fused_resnet_C.conv_pack(weight.detach().to(dtype))
+
+
+def _geometry(weight: Tensor, args) -> tuple[int, ...]:
+    return *weight.shape[2:], *args.stride, *args.padding, *args.dilation
+
+
 def _prepare_engine(x, weight, scale, shift, args, act):
-    pack = torch.ops.fused_resnet_C.conv_pack
-    weights = packed(weight, ("engine", x.dtype), lambda: pack(weight.detach().to(x.dtype).contiguous()))
+    weights = packed(weight, ("engine", x.dtype), lambda: _pack(weight, x.dtype))
     scale, shift = scale.detach().float(), shift.detach().float()
     size, dtype, code = args.output_size(x, weight), x.dtype, ACT_CODES[act]
-    geometry = (*weight.shape[2:], *args.stride, *args.padding, *args.dilation)
+    geometry = _geometry(weight, args)
     kernel = torch.ops.fused_resnet_C.conv_scale_act.default
 
     def run(x, residual, out):
@@ -202,7 +209,35 @@ def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, nee
     return nothing if d_x is None else d_x, d_weight, d_bias, nothing if d_residual is None else d_residual
 
 
+def _convolution(x, weight, bias, args):
+    """The convolution of a training step: its weight has just changed, so that its packed form is not worth keeping."""
+    if not engine_takes(x.dtype, args):
+        return channels_last(reference.convolution(x, weight, bias, args))
+    channels = weight.shape[0]
+    shift = torch.zeros(channels) if bias is None else bias.detach().float()
+    z = _empty(args.output_size(x, weight), x.dtype)
+    torch.ops.fused_resnet_C.conv_scale_act(
+        x, _pack(weight, x.dtype), torch.ones(channels), shift, None, _geometry(weight, args), ACT_CODES["none"], z
+    )
+    return z
+
+
+def convolution_backward(grad, x, weight, args, needs):
+    """Without a stride, the gradient of x is a convolution too, with the weight turned around."""
+    spread = [args.dilation[i] * (weight.shape[i + 2] - 1) for i in range(2)]
+    padding = tuple(spread[i] - args.padding[i] for i in range(2))
+    if not (needs[0] and args.stride == (1, 1) and min(padding) >= 0 and engine_takes(x.dtype, args)):
+        return reference.convolution_backward(grad, x, weight, args, needs)
+    turned = weight.detach().transpose(0, 1)
+    if max(weight.shape[2:]) > 1:
+        turned = turned.flip(2, 3)
+    d_x = _convolution(channels_last(grad), turned, None, args._replace(padding=padding))
+    if not (needs[1] or needs[2]):
+        return d_x, None, None
+    return d_x, *reference.convolution_backward(grad, x, weight, args, (False, *needs[1:]))[1:]
+
+
 def conv_bn_act(x, weight, conv_bias, bn_weight, bn_bias, residual, args, eps, act):
-    z = channels_last(reference.convolution(channels_last(x), weight, conv_bias, args))
+    z = _convolution(channels_last(x), weight, conv_bias, args)
     y, mean, var = bn_act(z, bn_weight, bn_bias, residual, eps, act)
     return y, z, mean, var

@@ -14,6 +14,11 @@ class ConvArgs(NamedTuple):
     dilation: tuple[int, int]
     groups: int
 
+    @classmethod
+    def of(cls, stride, padding, dilation, groups) -> "ConvArgs":
+        """From the lists that the dispatcher hands on."""
+        return cls(tuple(stride), tuple(padding), tuple(dilation), groups)
+
     def output_size(self, x: Tensor, weight: Tensor) -> list[int]:
         spatial = [
             (x.shape[i + 2] + 2 * self.padding[i] - self.dilation[i] * (weight.shape[i + 2] - 1) - 1) // self.stride[i]

@@ -13,6 +13,7 @@ from fused_resnet.ops.bn_act import (
     update_running_statistics,
 )
 from fused_resnet.ops.conv_args import ConvArgs, normalise
+from fused_resnet.ops.conv_backward import convolution_backward
 from fused_resnet.ops.library import (
     CONV_SCHEMA,
     autocast,
@@ -96,7 +97,7 @@ def conv_bn_act(
 
 
 def _impl(x, weight, conv_bias, bn_weight, bn_bias, residual, stride, padding, dilation, groups, eps, act, backend):
-    args = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
+    args = ConvArgs.of(stride, padding, dilation, groups)
     if x.numel() == 0:
         y, z, mean, var = _fake(x, weight, conv_bias, bn_weight, bn_bias, residual, *args, eps, act, backend)
         return y, z, mean.zero_(), var.zero_()
@@ -106,7 +107,7 @@ def _impl(x, weight, conv_bias, bn_weight, bn_bias, residual, stride, padding, d
 
 
 def _fake(x, weight, conv_bias, bn_weight, bn_bias, residual, stride, padding, dilation, groups, eps, act, backend):
-    size = ConvArgs(stride, padding, dilation, groups).output_size(x, weight)
+    size = ConvArgs.of(stride, padding, dilation, groups).output_size(x, weight)
     return empty_channels_last(x, size), empty_channels_last(x, size), *empty_statistics(x, size[1])
 
 
@@ -114,7 +115,7 @@ def _setup_context(ctx, inputs, output):
     x, weight, conv_bias, bn_weight, bn_bias, residual, *args, ctx.eps, ctx.act, backend = inputs
     ctx.backend = chosen(backend)
     y, z, mean, var = output
-    ctx.args = ConvArgs(*args)
+    ctx.args = ConvArgs.of(*args)
     ctx.mark_non_differentiable(z, mean, var)
     kept = kept_for_bn_act(ctx.act, residual, y)
     ctx.save_for_backward(x, weight, conv_bias, bn_weight, bn_bias, *kept, z, mean, var)
@@ -136,9 +137,8 @@ def _backward(ctx, grad, _z, _mean, _var):
     )
     d_x = d_weight = d_conv_bias = None
     if needs[0]:
-        d_x, d_weight, d_conv_bias = reference.convolution_backward(
-            d_z, x, weight, ctx.args, (need_x, need_weight, need_conv_bias)
-        )
+        needs = (need_x, need_weight, need_conv_bias)
+        d_x, d_weight, d_conv_bias = convolution_backward("conv_bn_act", d_z, x, weight, ctx.args, needs, ctx.backend)
     return d_x, d_weight, d_conv_bias, d_bn_weight, d_bn_bias, d_residual, *[None] * 7
 
 

@@ -88,7 +88,7 @@ def _checked(x, weight, scale, shift, residual, stride, padding, dilation, group
 
 
 def _impl(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, backend):
-    args = ConvArgs(tuple(stride), tuple(padding), tuple(dilation), groups)
+    args = ConvArgs.of(stride, padding, dilation, groups)
     if x.numel() == 0:
         return _fake(x, weight, scale, shift, residual, *args, act, backend)
     return select("conv_scale_act", backend, x, weight, args).conv_scale_act(
@@ -97,12 +97,12 @@ def _impl(x, weight, scale, shift, residual, stride, padding, dilation, groups, 
 
 
 def _fake(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, backend):
-    return empty_channels_last(x, ConvArgs(stride, padding, dilation, groups).output_size(x, weight))
+    return empty_channels_last(x, ConvArgs.of(stride, padding, dilation, groups).output_size(x, weight))
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, scale, shift, residual, *args, act, _ = inputs
-    ctx.args, ctx.act = ConvArgs(*args), act
+    ctx.args, ctx.act = ConvArgs.of(*args), act
     ctx.save_for_backward(x, weight, scale, shift, *kept_for_act(act, residual, output))
 
 

@@ -31,8 +31,41 @@ def define(schema: str, impl: Callable, fake: Callable, tags=(torch.Tag.pt2_comp
 
 
 def autograd(name: str, setup_context: Callable, backward: Callable) -> None:
-    """Register the gradient of `fused_resnet::<name>`."""
-    torch.library.register_autograd(f"fused_resnet::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    """Register the gradient of `fused_resnet::<name>`.
+
+    As `torch.library.register_autograd`, for operators without defaults and keyword-only arguments: the general form
+    looks for both at every call, which takes longer than batch norm on a small map.
+    """
+    operator = getattr(torch.ops.fused_resnet, name).default
+
+    def run(keyset, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args_and_keyset):
+            *args, keyset = args_and_keyset
+            output = run(keyset, *args)
+            setup_context(ctx, args, output)
+            # Else backward would be handed zeros for outputs without a gradient: a map of them for each convolution.
+            ctx.set_materialize_grads(False)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            if grads[0] is None:  # of the first output, the only one with a gradient
+                return (None,) * len(ctx.needs_input_grad)
+            return *backward(ctx, *grads), None
+
+    Differentiable.__name__ = f"{name}_autograd"
+
+    def autograd_rule(keyset, *args):
+        if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Differentiable.apply(*args, keyset)
+        return run(keyset, *args)
+
+    LIBRARY.impl(name, autograd_rule, "Autograd", with_keyset=True)
 
 
 def autocast(name: str, cast: Callable) -> None:
