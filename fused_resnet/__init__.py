@@ -2,7 +2,7 @@
 
 from fused_resnet import ops
 from fused_resnet._version import __version__
-from fused_resnet.backends import available_backends, use_backend
+from fused_resnet.backends import available_backends, empty_cache, use_backend
 from fused_resnet.models import (
     CIFARResNet,
     MobileNetV1,
@@ -57,6 +57,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "available_backends",
+    "empty_cache",
     "freeze_batch_norm",
     "ops",
     "use_backend",

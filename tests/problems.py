@@ -45,6 +45,7 @@ class ConvCase(NamedTuple):
 CONV_CASES = (
     ConvCase("1x1", (2, 64, 8, 8), 64, (1, 1)),
     ConvCase("1x1_one_pixel", (1, 17, 1, 1), 5, (1, 1), residual=True),
+    ConvCase("1x1_padded", (2, 8, 4, 5), 16, (1, 1), padding=1, residual=True),
     ConvCase("1x1_to_one_channel", (2, 3, 5, 7), 1, (1, 1), act="none"),
     ConvCase("1x1_stride2_odd", (2, 17, 7, 9), 33, (1, 1), stride=2, act="silu"),
     ConvCase("3x3_residual", (2, 64, 9, 7), 64, (3, 3), padding=1, residual=True),

@@ -1,5 +1,6 @@
 """Who computes: the backends, and the selection between them."""
 
+from fused_resnet.backends.cpu import empty_cache
 from fused_resnet.backends.selection import (
     ACTIVATIONS,
     available_backends,
@@ -9,4 +10,12 @@ from fused_resnet.backends.selection import (
     use_backend,
 )
 
-__all__ = ["ACTIVATIONS", "available_backends", "backend_report", "context_backend", "select", "use_backend"]
+__all__ = [
+    "ACTIVATIONS",
+    "available_backends",
+    "backend_report",
+    "context_backend",
+    "empty_cache",
+    "select",
+    "use_backend",
+]

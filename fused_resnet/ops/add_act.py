@@ -9,6 +9,7 @@ from fused_resnet.ops.library import (
     SMOOTH,
     autocast,
     autograd,
+    call,
     chosen,
     define,
     empty_channels_last,
@@ -34,7 +35,7 @@ def add_act(x: Tensor, residual: Tensor, *, act: str = "relu", backend: str | No
     checks.check_residual(op, residual, x.shape)
     if not checks.under_autocast(x):
         checks.check_same_dtype(op, x, residual=residual)
-    return torch.ops.fused_resnet.add_act(x, residual, act, backend or "")
+    return call("add_act", x, residual, act, backend or "")
 
 
 def _impl(x, residual, act, backend):
@@ -61,7 +62,7 @@ def _backward(ctx, grad):
         pre = None if x is None else x + residual
         grad = reference.act_backward(grad, y, pre, ctx.act)
     else:
-        grad = torch.ops.fused_resnet.add_act_backward(grad, y, x, residual, ctx.act, ctx.backend)
+        grad = call("add_act_backward", grad, y, x, residual, ctx.act, ctx.backend)
     return grad if ctx.needs_input_grad[0] else None, grad if ctx.needs_input_grad[1] else None, None, None
 
 

@@ -13,6 +13,7 @@ from fused_resnet.ops.library import (
     SMOOTH,
     autocast,
     autograd,
+    call,
     chosen,
     define,
     empty_channels_last,
@@ -72,7 +73,7 @@ def bn_act(
         scale, shift = fold_batch_norm(weight, bias, running_mean, running_var, eps)
         return scale_act(x, scale, shift, residual=residual, act=act, backend=backend)
     checks.check_more_than_one_value(x)
-    y, mean, var = torch.ops.fused_resnet.bn_act(x, weight, bias, residual, eps, act, backend or "")
+    y, mean, var = call("bn_act", x, weight, bias, residual, eps, act, backend or "")
     update_running_statistics(running_mean, running_var, mean, var, x.shape[0] * x.shape[2] * x.shape[3], momentum)
     return y
 
@@ -103,7 +104,7 @@ def scale_act(
         checks.check_same_dtype(op, x, residual=residual)
     checks.check_channels(op, x.shape[1], scale=scale, shift=shift)
     checks.check_residual(op, residual, x.shape)
-    return torch.ops.fused_resnet.scale_act(x, scale, shift, residual, act, backend or "")
+    return call("scale_act", x, scale, shift, residual, act, backend or "")
 
 
 def fold_batch_norm(weight, bias, running_mean, running_var, eps: float) -> tuple[Tensor, Tensor]:
@@ -182,8 +183,9 @@ def _backward(ctx, grad, _mean, _var):
 def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs, backend):
     """Gradients of x, weight, bias and residual; None where `needs` says that nobody wants one."""
     passed_on = act == "none" and needs[3]  # the residual's gradient is the output's
-    d_x, d_weight, d_bias, d_residual = torch.ops.fused_resnet.bn_act_backward(
-        grad, x, y, weight, bias, residual, mean, var, eps, act, [*needs[:3], needs[3] and not passed_on], backend
+    wanted = [*needs[:3], needs[3] and not passed_on]
+    d_x, d_weight, d_bias, d_residual = call(
+        "bn_act_backward", grad, x, y, weight, bias, residual, mean, var, eps, act, wanted, backend
     )
     if weight is not None:
         d_weight = d_weight.to(weight.dtype)

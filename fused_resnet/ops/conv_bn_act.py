@@ -18,6 +18,7 @@ from fused_resnet.ops.library import (
     CONV_SCHEMA,
     autocast,
     autograd,
+    call,
     chosen,
     define,
     empty_channels_last,
@@ -86,12 +87,11 @@ def conv_bn_act(
         scale, shift = fold_batch_norm(bn_weight, bn_bias, running_mean, running_var, eps)
         if conv_bias is not None:
             shift = shift + conv_bias.to(scale.dtype) * scale
-        return torch.ops.fused_resnet.conv_scale_act(x, weight, scale, shift, residual, *args, act, backend or "")
+        return call("conv_scale_act", x, weight, scale, shift, residual, *args, act, backend or "")
     if size[0] * size[2] * size[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(size)}")
-    y, _, mean, var = torch.ops.fused_resnet.conv_bn_act(
-        x, weight, conv_bias, bn_weight, bn_bias, residual, *args, eps, act, backend or ""
-    )
+    problem = (x, weight, conv_bias, bn_weight, bn_bias, residual, *args, eps, act)
+    y, _, mean, var = call("conv_bn_act", *problem, backend or "")
     update_running_statistics(running_mean, running_var, mean, var, size[0] * size[2] * size[3], momentum)
     return y
 

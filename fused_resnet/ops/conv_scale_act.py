@@ -15,6 +15,7 @@ from fused_resnet.ops.library import (
     SMOOTH,
     autocast,
     autograd,
+    call,
     define,
     empty_channels_last,
     kept_for_act,
@@ -57,7 +58,7 @@ def conv_scale_act(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, before anything is launched.
     """
     x, args = _checked(x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
-    return torch.ops.fused_resnet.conv_scale_act(x, weight, scale, shift, residual, *args, act, backend or "")
+    return call("conv_scale_act", x, weight, scale, shift, residual, *args, act, backend or "")
 
 
 def prepare_conv_scale_act(x, weight, scale, shift, *, residual, stride, padding, dilation, groups, act):

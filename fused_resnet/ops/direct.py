@@ -5,19 +5,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def may_call_directly(*tensors: Tensor | None) -> bool:
-    """Whether nobody follows the operators themselves, and the tensors are dense channels_last on the CPU.
-
-    Followers are autograd, autocast, torch.compile, tracers, modes and transforms: they have to see an operator.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    for x in tensors:
-        if x is not None and not (
-            type(x) is Tensor and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
-        ):
-            return False
-    return not (
+def followed() -> bool:
+    """Whether somebody follows the operators themselves: autocast, torch.compile, tracers, modes, transforms."""
+    return torch.compiler.is_compiling() or (
         torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
@@ -25,3 +15,15 @@ def may_call_directly(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def may_call_directly(*tensors: Tensor | None) -> bool:
+    """Whether autograd does not follow either, and the tensors are dense channels_last on the CPU."""
+    if torch.is_grad_enabled():
+        return False
+    for x in tensors:
+        if x is not None and not (
+            type(x) is Tensor and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return False
+    return not followed()

@@ -5,6 +5,7 @@ the backend that `backends.select` names; nothing else owns a dispatch key.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,33 +13,54 @@ from torch import Tensor
 from fused_resnet.backends import ACTIVATIONS as ACTIVATIONS
 from fused_resnet.backends import context_backend, reference
 from fused_resnet.backends import select as select
+from fused_resnet.ops.direct import followed
 
 LIBRARY = torch.library.Library("fused_resnet", "DEF")
 
 # Activations whose gradient needs the pre-activation.
 SMOOTH = ("hardswish", "silu")
 
+# Tensors that are nothing more: a subclass may want to see operators.
+ORDINARY = (Tensor, torch.nn.Parameter)
+
 # Arguments that every convolution operator has, in the order of its schema.
 CONV_SCHEMA = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+
+
+# The implementations, with their gradients, for `call`.
+_direct: dict[str, Callable] = {}
 
 
 def define(schema: str, impl: Callable, fake: Callable, tags=(torch.Tag.pt2_compliant_tag,)) -> None:
     """Define `fused_resnet::<schema>` with its implementation for every device and its fake."""
     name = schema.partition("(")[0]
+    _direct[name] = impl
     LIBRARY.define(schema, tags=tags)
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_resnet::{name}", fake, lib=LIBRARY)
 
 
+def call(name: str, *args):
+    """`torch.ops.fused_resnet.<name>(*args)`; without the dispatcher, which costs more than a small map, where nobody
+    follows the operators and every tensor is an ordinary one on the CPU.
+    """
+    if not followed() and all(type(a) in ORDINARY and a.is_cpu for a in args if isinstance(a, Tensor)):
+        return _direct[name](*args)
+    return getattr(torch.ops.fused_resnet, name).default(*args)
+
+
 def autograd(name: str, setup_context: Callable, backward: Callable) -> None:
-    """Register the gradient of `fused_resnet::<name>`.
+    """Register the gradient of `fused_resnet::<name>`, of which only the first output has one.
 
     As `torch.library.register_autograd`, for operators without defaults and keyword-only arguments: the general form
-    looks for both at every call, which takes longer than batch norm on a small map.
+    looks for both at every call, and has zeros made for every output without a gradient, a map for each convolution.
     """
     operator = getattr(torch.ops.fused_resnet, name).default
+    impl = _direct[name]
 
-    def run(keyset, *args):
+    def below(keyset, *args):
+        if keyset is None:
+            return impl(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -46,26 +68,26 @@ def autograd(name: str, setup_context: Callable, backward: Callable) -> None:
         @staticmethod
         def forward(ctx, *args_and_keyset):
             *args, keyset = args_and_keyset
-            output = run(keyset, *args)
+            output = below(keyset, *args)
             setup_context(ctx, args, output)
-            # Else backward would be handed zeros for outputs without a gradient: a map of them for each convolution.
             ctx.set_materialize_grads(False)
             return output
 
         @staticmethod
         def backward(ctx, *grads):
-            if grads[0] is None:  # of the first output, the only one with a gradient
+            if grads[0] is None:
                 return (None,) * len(ctx.needs_input_grad)
             return *backward(ctx, *grads), None
 
     Differentiable.__name__ = f"{name}_autograd"
 
-    def autograd_rule(keyset, *args):
+    def rule(keyset, *args):
         if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return Differentiable.apply(*args, keyset)
-        return run(keyset, *args)
+        return below(keyset, *args)
 
-    LIBRARY.impl(name, autograd_rule, "Autograd", with_keyset=True)
+    LIBRARY.impl(name, rule, "Autograd", with_keyset=True)
+    _direct[name] = partial(rule, None)
 
 
 def autocast(name: str, cast: Callable) -> None:
