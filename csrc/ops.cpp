@@ -16,7 +16,15 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   return PyModule_Create(&module);
 }
 
+// Raised with every change to the schemas below, here and in backends/cpu.py: a library that an older or newer checkout
+// has left beside the Python sources is then seen, and not called with arguments that it does not take.
+static int64_t interface_number() {
+  return 2;
+}
+
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
+  m.def("interface_number() -> int");
+
   // The widest vector extension that the running processor and the kernels share, by name.
   m.def("cpu_capability() -> str");
   m.def("empty_channels_last(int[] size, ScalarType dtype) -> Tensor");
@@ -42,6 +50,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {
+  m.impl("interface_number", TORCH_BOX(&interface_number));
   m.impl("cpu_capability", TORCH_BOX(&fused_resnet::cpu::cpu_capability));
   m.impl("conv_supported", TORCH_BOX(&fused_resnet::cpu::conv_supported));
   m.impl("empty_channels_last", TORCH_BOX(&fused_resnet::cpu::empty_channels_last));

@@ -1,12 +1,16 @@
 """setup.py: what it builds, what it says when it cannot, and an install without the compiled extension."""
 
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fused_resnet.backends import cpu
 
 ROOT = Path(__file__).parent.parent
 WARNING = "*** fused_resnet: the compiled extension is not built: "
@@ -146,3 +150,30 @@ def test_install_without_extension_has_every_operator(checkout, tmp_path):
     found = python("-c", EVERY_OPERATOR, cwd=tmp_path, PYTHONPATH=str(checkout))
     assert found.returncode == 0, found.stderr
     assert "reference" in found.stdout
+
+
+def test_interface_number_is_the_same_in_both_languages():
+    text = (ROOT / "csrc" / "ops.cpp").read_text()
+    number = int(re.search(r"interface_number\(\) \{\n  return (\d+);", text)[1])
+    assert number == cpu.INTERFACE
+    schemas = "".join(re.findall(r"m\.def\((.*?)\);", text, re.DOTALL))
+    digest = hashlib.sha256(re.sub(r'["\s]', "", schemas).encode()).hexdigest()[:8]
+    assert (number, digest) == (2, "70048167"), "a schema has changed: raise the number in csrc/ops.cpp and backends/cpu.py"
+
+
+def test_extension_is_built_where_a_compiler_is():
+    """Else the tests of the compiled kernels would all be skipped, and nobody would notice."""
+    if shutil.which("c++") is None or os.environ.get("FUSED_RESNET_NO_EXT", "0") not in ("", "0"):
+        pytest.skip("no C++ compiler, or the extension was not wanted")
+    assert not cpu.extension_missing()
+
+
+def test_extension_of_another_checkout_is_not_used(monkeypatch):
+    monkeypatch.setattr(cpu, "INTERFACE", cpu.INTERFACE + 1)
+    cpu.extension_missing.cache_clear()
+    try:
+        reason = cpu.extension_missing()
+    finally:
+        monkeypatch.undo()
+        cpu.extension_missing.cache_clear()
+    assert "built from other sources (interface" in reason or "not installed" in reason

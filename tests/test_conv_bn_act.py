@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import (
+    BACKEND_NAMES,
     CONV_CASES,
     EXACT_ACTS,
     LAYOUTS,
+    ConvCase,
     acts,
     backends,
     cases,
@@ -23,6 +25,7 @@ from problems import (
 )
 from tolerances import assert_two_times
 
+from fused_resnet.backends import backend_report, cpu
 from fused_resnet.ops import conv_bn_act
 from fused_resnet.ops.conv_args import normalise
 
@@ -69,6 +72,26 @@ def test_conv_bn_act_training_two_times(case, dtype, backend):
     compare_with_eager(
         training, eager_conv_bn_act, tensors, case.act, fused_options={"backend": backend}, **case.geometry
     )
+
+
+@pytest.mark.skipif("cpu" not in BACKEND_NAMES, reason=backend_report()["cpu"] or "available")
+@dtypes(torch.float32, torch.bfloat16)
+@cases(TRAINING_CASES)
+def test_conv_bn_act_training_two_times_in_the_engine(case, dtype, monkeypatch):
+    """Training leaves small maps to aten: here they run, forward and input gradient, in csrc/cpu's convolution."""
+    monkeypatch.setattr(cpu, "_engine_pays", lambda x, weight, args: cpu.engine_takes(x.dtype, args))
+    tensors = problem(case, dtype)
+    require("cpu", "conv_bn_act", tensors["x"], tensors["weight"], **case.geometry)
+    compare_with_eager(
+        training, eager_conv_bn_act, tensors, case.act, fused_options={"backend": "cpu"}, **case.geometry
+    )
+
+
+@pytest.mark.skipif("cpu" not in BACKEND_NAMES, reason=backend_report()["cpu"] or "available")
+def test_conv_bn_act_training_in_the_engine_at_full_size():
+    """A map of more than 4 MB, and no patch."""
+    tensors = problem(ConvCase("", (3, 32, 120, 120), 32, (3, 3), padding=1, residual=True))
+    compare_with_eager(training, eager_conv_bn_act, tensors, "relu", fused_options={"backend": "cpu"}, padding=1)
 
 
 @backends

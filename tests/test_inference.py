@@ -16,12 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet as fr
 from fused_resnet.backends import backend_report
-from fused_resnet.backends.cpu import engine_takes
+from fused_resnet.backends.cpu import extension_missing
 from fused_resnet.modules import blocks, prepared, unit
-from fused_resnet.ops.conv_args import ConvArgs
 
 needs_cpu = pytest.mark.skipif("cpu" not in BACKEND_NAMES, reason=backend_report()["cpu"] or "available")
-POINTWISE = ConvArgs((1, 1), (0, 0), (1, 1), 1)
 
 
 def image(*size, dtype=torch.float32):
@@ -399,8 +397,8 @@ def test_max_pool2d_gradient():
 @pytest.fixture
 def megabytes():
     """A function that returns a fresh output of so many MB."""
-    if "cpu" not in BACKEND_NAMES or not engine_takes(torch.float32, POINTWISE):
-        pytest.skip("needs the compiled kernels")
+    if extension_missing():
+        pytest.skip(extension_missing())
     one = torch.ones(16)
 
     def make(count, value=1.0):

@@ -184,6 +184,8 @@ void bn_act_bwd(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tens
                 std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var, double eps,
                 std::int64_t act, std::optional<Tensor> dx, Tensor dweight, Tensor dbias,
                 std::optional<Tensor> dresidual) {
+  STD_TORCH_CHECK(act == kNone || !dresidual || y || residual,
+                  "bn_act_bwd: with a residual, y or the residual itself must be there to tell the activation's slope");
   const Grid grid(x);
   if (grid.empty()) return;
   const Workspace work(grid, 5, 2);
