@@ -19,7 +19,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
 // Raised with every change to the schemas below, here and in backends/cpu.py: a library that an older or newer checkout
 // has left beside the Python sources is then seen, and not called with arguments that it does not take.
 static int64_t interface_number() {
-  return 2;
+  return 3;
 }
 
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
@@ -42,7 +42,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def("add_act_fwd(Tensor x, Tensor residual, int act, Tensor(a!) y) -> ()");
   m.def("add_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? residual, int act, Tensor(a!) dx) -> ()");
   m.def("conv_supported(int dtype_bits) -> bool");
-  m.def("conv_pack(Tensor weight) -> Tensor");
+  m.def("conv_pack(Tensor weight, bool lasting) -> Tensor");
   m.def(
       "conv_scale_act(Tensor x, Tensor packed, Tensor scale, Tensor shift, Tensor? residual, int[] geometry, int act, "
       "Tensor(a!) out) -> ()");

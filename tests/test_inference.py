@@ -467,7 +467,9 @@ def test_an_output_is_an_ordinary_tensor(megabytes):
     assert torch.equal(y, truth + 1)
 
 
-def test_kept_memory_has_a_limit(megabytes):
-    alive = [torch.ops.fused_resnet_C.empty_channels_last((300, 1, 1024, 1024), torch.float32) for _ in range(2)]
-    del alive  # 2.4 GB that nobody has touched
-    assert fr.empty_cache() <= 1 << 30
+def test_no_more_is_kept_than_was_in_use_at_once(megabytes):
+    for count in range(4, 20):  # each too large for the memory of those before it
+        megabytes(count)
+    assert fr.empty_cache() <= 20 << 20
+    del megabytes
+    assert fr.empty_cache() == 0

@@ -57,7 +57,8 @@ struct Band {
 
 // In which order a band's tiles meet the panels of weights.
 //  - All tiles with one panel after the other: weights are read from memory once. The next panel is fetched meanwhile.
-//  - Tiles two by two with all the panels: their input stays in L1 and whole pixels are written. That needs weights that
+//  - Tiles two by two with all the panels: their input stays in L1 and whole pixels are written. That needs weights
+//  that
 //    stay in L2. What the next two tiles read and write is fetched meanwhile: one pass is shorter than a memory access.
 inline bool few_at_once(const ConvShape& shape, const Band& band, int64_t panels) {
   const int64_t pair_bytes = 2 * band.tile_rows * shape.channels * shape.element;

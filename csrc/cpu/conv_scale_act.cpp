@@ -140,7 +140,7 @@ bool conv_supported(int64_t dtype_bits) {
   return (dtype_bits == 32 || dtype_bits == 16) && has_kernel(dtype_bits / 8);
 }
 
-Tensor conv_pack(const Tensor& weight) {
+Tensor conv_pack(const Tensor& weight, bool lasting) {
   STD_TORCH_CHECK(weight.dim() == 4, "conv_pack: weight must be [K, C, R, S]");
   const bool fp32 = weight.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(fp32 || weight.scalar_type() == ScalarType::BFloat16, "conv_pack: weight must be fp32 or bf16");
@@ -149,7 +149,7 @@ Tensor conv_pack(const Tensor& weight) {
   g.k = size[0], g.c = size[1], g.r = size[2], g.s = size[3], g.element = fp32 ? 4 : 2;
   set_depth(g);
   const int64_t bytes = g.panels() * g.panel_bytes();
-  const Tensor packed = empty_packed(bytes / g.element, weight.scalar_type());
+  const Tensor packed = empty_packed(bytes / g.element, weight.scalar_type(), lasting);
   const int64_t strides[] = {stride[0], stride[1], stride[2], stride[3]};
   if (fp32)
     pack(g, static_cast<const uint32_t*>(weight.const_data_ptr()), strides,

@@ -13,8 +13,8 @@ namespace fused_resnet::cpu {
 // Whether this processor and build have a kernel: fp32 needs AVX-512, bf16 needs AMX.
 bool conv_supported(int64_t dtype_bits);
 
-// weight [K, C, R, S], fp32 or bf16 -> panels of 32 output channels, filled up with zeros.
-torch::stable::Tensor conv_pack(const torch::stable::Tensor& weight);
+// weight [K, C, R, S], fp32 or bf16 -> panels of 32 output channels, filled up with zeros. `lasting`: for many calls.
+torch::stable::Tensor conv_pack(const torch::stable::Tensor& weight, bool lasting);
 
 // out = act(conv(x, weight) * scale + shift + residual), accumulated and finished in fp32; `residual` may be `out`.
 // geometry: kernel, stride, padding and dilation, each (height, width).

@@ -28,10 +28,20 @@ void max_pool(torch::stable::Tensor x, std::vector<int64_t> geometry, torch::sta
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && geometry.size() == 6, "max_pool: x and out must be 4-d");
   STD_TORCH_CHECK(x.scalar_type() == out.scalar_type(), "max_pool: x and out must have one dtype");
   const auto in = x.sizes(), size = out.sizes();
-  const MaxPoolArgs args{x.const_data_ptr(), out.mutable_data_ptr(), in[1],       in[2],
-                         in[3],              size[2],                size[3],     geometry[0],
-                         geometry[1],        geometry[2],            geometry[3], geometry[4],
-                         geometry[5],        is_bf16(x)};
+  const MaxPoolArgs args{x.const_data_ptr(),
+                         out.mutable_data_ptr(),
+                         in[1],
+                         in[2],
+                         in[3],
+                         size[2],
+                         size[3],
+                         geometry[0],
+                         geometry[1],
+                         geometry[2],
+                         geometry[3],
+                         geometry[4],
+                         geometry[5],
+                         is_bf16(x)};
   STD_TORCH_CHECK(size[0] == in[0] && size[1] == in[1] && 2 * args.pad_h <= args.r && 2 * args.pad_w <= args.s &&
                       (args.p - 1) * args.stride_h + args.r <= args.h + 2 * args.pad_h &&
                       (args.q - 1) * args.stride_w + args.s <= args.w + 2 * args.pad_w,

@@ -8,8 +8,8 @@ inline Vec<kN> larger(Vec<kN> v, Vec<kN> best) {
 }
 
 template <class T, int kN>
-inline void max_pool_pixel(const MaxPoolArgs& args, const T* first, std::int64_t rows, std::int64_t cols, std::int64_t c,
-                           T* out) {
+inline void max_pool_pixel(const MaxPoolArgs& args, const T* first, std::int64_t rows, std::int64_t cols,
+                           std::int64_t c, T* out) {
   Vec<kN> best = load<kN>(first + c);
   for (std::int64_t r = 0; r < rows; ++r)
     for (std::int64_t s = 0; s < cols; ++s)

@@ -19,11 +19,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kAlignment = 64;         // a cache line
-constexpr int64_t kKeepFrom = 1 << 20;     // smaller blocks stay in malloc's own lists
-constexpr int64_t kHuge = 2 << 20;         // a large page; kept blocks are whole ones
-constexpr int64_t kChunk = 8 << 20;        // packed weights come in chunks of this size, larger ones alone
-constexpr int64_t kMostIdle = 1ll << 30;   // bytes kept beyond those in use; a training step of ResNet-50 wants as much
+constexpr int64_t kAlignment = 64;      // a cache line
+constexpr int64_t kKeepFrom = 1 << 20;  // smaller blocks stay in malloc's own lists
+constexpr int64_t kHuge = 2 << 20;      // a large page; kept blocks are whole ones
+constexpr int64_t kChunk = 8 << 20;     // packed weights come in chunks of this size, larger ones alone
 
 int64_t round_up(int64_t bytes, int64_t grain) {
   return (bytes + grain - 1) / grain * grain;
@@ -35,25 +34,32 @@ void* allocate(int64_t bytes, int64_t alignment) {
   return data;
 }
 
+// Keeps so much that with what is in use it is never more than was in use at once.
 class Cache {
  public:
   void* take(int64_t bytes) {
     bytes = round_up(bytes, kHuge);
     const std::lock_guard<std::mutex> lock(mutex_);
-    // The smallest that holds it, unless half of it would lie idle; of equal ones the last, whose lines are in the caches.
+    // The smallest that holds it, unless half of it would lie idle; of equal ones the last, whose lines are in the
+    // caches.
     auto best = idle_.end();
     for (auto it = idle_.begin(); it != idle_.end(); ++it)
       if (it->bytes >= bytes && it->bytes <= 2 * bytes && (best == idle_.end() || it->bytes <= best->bytes)) best = it;
-    if (best == idle_.end()) {
-      void* data = allocate(bytes, kHuge);
-      advise_huge_pages(data, bytes);
-      in_use_[data] = bytes;
-      return data;
+    Block block{nullptr, bytes};
+    if (best != idle_.end()) {
+      block = *best;
+      idle_.erase(best);
+      idle_bytes_ -= block.bytes;
     }
-    const Block block = *best;
-    idle_.erase(best);
-    idle_bytes_ -= block.bytes;
+    const int64_t in_use = in_use_bytes_ + block.bytes;
+    if (!block.data) {
+      release(std::max(most_in_use_, in_use) - in_use);
+      block.data = allocate(bytes, kHuge);
+      advise_huge_pages(block.data, bytes);
+    }
     in_use_[block.data] = block.bytes;
+    in_use_bytes_ = in_use;
+    most_in_use_ = std::max(most_in_use_, in_use);
     return block.data;
   }
 
@@ -62,14 +68,15 @@ class Cache {
     const auto found = in_use_.find(data);
     idle_.push_back({data, found->second});
     idle_bytes_ += found->second;
+    in_use_bytes_ -= found->second;
     in_use_.erase(found);
-    release(kMostIdle);
   }
 
   int64_t clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
     const int64_t bytes = idle_bytes_;
     release(0);
+    most_in_use_ = in_use_bytes_;
     return bytes;
   }
 
@@ -91,8 +98,8 @@ class Cache {
 
   std::mutex mutex_;
   std::vector<Block> idle_;  // the longest idle first
-  int64_t idle_bytes_ = 0;
   std::unordered_map<void*, int64_t> in_use_;
+  int64_t idle_bytes_ = 0, in_use_bytes_ = 0, most_in_use_ = 0;
 };
 
 Cache& cache() {
@@ -145,23 +152,31 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 #endif
 }
 
-Tensor empty_channels_last(std::vector<int64_t> size, ScalarType dtype) {
-  STD_TORCH_CHECK(size.size() == 4, "empty_channels_last: size must be [N, C, H, W]");
-  const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
-  const int64_t strides[] = {h * w * c, 1, w * c, c};
-  const int64_t bytes = n * c * h * w * element_size(dtype);
+namespace {
+
+Tensor kept_memory(int64_t bytes, torch::headeronly::IntHeaderOnlyArrayRef size,
+                   torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType dtype) {
   if (bytes < kKeepFrom)
-    return torch::stable::from_blob(allocate(bytes, kAlignment), size, {strides, 4}, kCpu, dtype,
+    return torch::stable::from_blob(allocate(bytes, kAlignment), size, strides, kCpu, dtype,
                                     [](void* data) { std::free(data); });
-  return torch::stable::from_blob(cache().take(bytes), size, {strides, 4}, kCpu, dtype,
+  return torch::stable::from_blob(cache().take(bytes), size, strides, kCpu, dtype,
                                   [](void* data) { cache().put(data); });
 }
 
-Tensor empty_packed(int64_t numel, ScalarType dtype) {
-  Piece memory = piece(numel * element_size(dtype));
+}  // namespace
+
+Tensor empty_channels_last(std::vector<int64_t> size, ScalarType dtype) {
+  STD_TORCH_CHECK(size.size() == 4, "empty_channels_last: size must be [N, C, H, W]");
+  const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
+  return kept_memory(n * c * h * w * element_size(dtype), size, {h * w * c, 1, w * c, c}, dtype);
+}
+
+Tensor empty_packed(int64_t numel, ScalarType dtype, bool lasting) {
+  const int64_t bytes = numel * element_size(dtype);
+  if (!lasting) return kept_memory(bytes, {numel}, {1}, dtype);
+  Piece memory = piece(bytes);
   char* data = memory.data;
-  return torch::stable::from_blob(data, {numel}, {1}, kCpu, dtype,
-                                  [chunk = std::move(memory.chunk)](void*) {});
+  return torch::stable::from_blob(data, {numel}, {1}, kCpu, dtype, [chunk = std::move(memory.chunk)](void*) {});
 }
 
 int64_t empty_cache() {

@@ -15,9 +15,9 @@ namespace fused_resnet::cpu {
 // output cost 40 % of an inference.
 torch::stable::Tensor empty_channels_last(std::vector<int64_t> size, torch::headeronly::ScalarType dtype);
 
-// An uninitialised vector, packed side by side with its likes. Measured on ResNet-50 at batch 1: with every weight in
-// pages of 4 KB, the last stage reads them at a third of the bandwidth.
-torch::stable::Tensor empty_packed(int64_t numel, torch::headeronly::ScalarType dtype);
+// An uninitialised vector: a lasting one side by side with its likes, for they are many and of every size; another one
+// in the same memory as outputs.
+torch::stable::Tensor empty_packed(int64_t numel, torch::headeronly::ScalarType dtype, bool lasting);
 
 // Returns the bytes that were kept for coming outputs, after giving them back to the system.
 int64_t empty_cache();

@@ -19,7 +19,7 @@ ACT_CODES = {"none": 0, "relu": 1, "relu6": 2, "hardswish": 3, "silu": 4}
 DTYPES = (torch.float32, torch.bfloat16)
 
 # Of the compiled extension; as in csrc/ops.cpp.
-INTERFACE = 2
+INTERFACE = 3
 
 
 @cache
@@ -92,8 +92,8 @@ def prepare_conv_scale_act(x, weight, scale, shift, args, act):
     return prepare(x, weight, scale, shift, args, act)
 
 
-def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ops.fused_resnet_C.conv_pack(weight.detach().to(dtype))
+def _pack(weight: Tensor, dtype: torch.dtype, *, lasting: bool) -> Tensor:
+    return torch.ops.fused_resnet_C.conv_pack(weight.detach().to(dtype), lasting)
 
 
 def _geometry(weight: Tensor, args) -> tuple[int, ...]:
@@ -101,7 +101,7 @@ def _geometry(weight: Tensor, args) -> tuple[int, ...]:
 
 
 def _prepare_engine(x, weight, scale, shift, args, act):
-    weights = packed(weight, ("engine", x.dtype), lambda: _pack(weight, x.dtype))
+    weights = packed(weight, ("engine", x.dtype), lambda: _pack(weight, x.dtype, lasting=True))
     scale, shift = scale.detach().float(), shift.detach().float()
     size, dtype, code = args.output_size(x, weight), x.dtype, ACT_CODES[act]
     geometry = _geometry(weight, args)
@@ -166,8 +166,9 @@ def max_pool2d(x, kernel, stride, padding, size):
 def empty_cache() -> int:
     """Give the memory that is kept for coming outputs back to the system; return its bytes.
 
-    Outputs of 1 MB and more on the CPU live in memory that is kept when they die, at most 1 GB of it beyond what is in
-    use, because the system zeroes fresh pages and takes them back at a cost above that of many a layer.
+    Outputs of 1 MB and more on the CPU live in memory that is kept when they die, because the system zeroes fresh pages
+    and takes them back at a cost above that of many a layer. With what is in use, it is never more than was in use at
+    once since the last call of this function.
     """
     return 0 if extension_missing() else torch.ops.fused_resnet_C.empty_cache()
 
@@ -224,46 +225,59 @@ def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, nee
     return nothing if d_x is None else d_x, d_weight, d_bias, nothing if d_residual is None else d_residual
 
 
-def _engine_pays(x, weight, args) -> bool:
-    """Whether a training step gains by csrc/cpu's convolution.
+def _engine_pays(size, dtype: torch.dtype, args) -> bool:
+    """Whether a training step gains by having csrc/cpu's convolution write a map of this size.
 
     That is where aten writes to fresh pages: measured at batch 16 on ResNet-50, all maps above 4 MB; smaller ones take
     0.9 to 1.2 of aten's time, and 16 channels, half a panel, 1.2 to 2.
     """
-    n, k, p, q = args.output_size(x, weight)
-    return engine_takes(x.dtype, args) and k >= 32 and n * k * p * q * x.element_size() >= 4 << 20
+    n, k, p, q = size
+    return engine_takes(dtype, args) and k >= 32 and n * k * p * q * dtype.itemsize >= 4 << 20
 
 
-def _convolution(x, weight, bias, args):
-    """The convolution of a training step: its weight has just changed, so that its packed form is not worth keeping."""
-    if not _engine_pays(x, weight, args):
-        return channels_last(reference.convolution(x, weight, bias, args))
+def _convolve(x, weight, bias, args) -> Tensor:
+    """A convolution in csrc/cpu whose weight has just changed, so that its packed form is not worth keeping."""
     channels = weight.shape[0]
     shift = torch.zeros(channels) if bias is None else bias.detach().float()
+    weights = _pack(weight, x.dtype, lasting=False)
     z = _empty(args.output_size(x, weight), x.dtype)
     torch.ops.fused_resnet_C.conv_scale_act(
-        x, _pack(weight, x.dtype), torch.ones(channels), shift, None, _geometry(weight, args), ACT_CODES["none"], z
+        x, weights, torch.ones(channels), shift, None, _geometry(weight, args), ACT_CODES["none"], z
     )
     return z
 
 
 def convolution_backward(grad, x, weight, args, needs):
-    """Without a stride, the gradient of x is a convolution too, with the weight turned around."""
+    d_x = _input_gradient(channels_last(grad), x, weight, args) if needs[0] else None
+    rest = (needs[0] and d_x is None, *needs[1:])
+    found = reference.convolution_backward(grad, x, weight, args, rest) if any(rest) else (None, None, None)
+    return found[0] if d_x is None else d_x, *found[1:]
+
+
+def _input_gradient(grad, x, weight, args) -> Tensor | None:
+    """Without a stride it is a convolution too, with the weight turned around; None: it is left to aten."""
+    strided = args.stride != (1, 1)
     spread = [args.dilation[i] * (weight.shape[i + 2] - 1) for i in range(2)]
-    turned_args = args._replace(padding=tuple(spread[i] - args.padding[i] for i in range(2)))
+    padding = (spread[0] - args.padding[0], spread[1] - args.padding[1])
+    if not _engine_pays(x.shape, x.dtype, args) or min(padding) < 0 or (strided and max(spread) > 0):
+        return None
     turned = weight.detach().transpose(0, 1)
-    possible = needs[0] and args.groups == 1 and args.stride == (1, 1) and min(turned_args.padding) >= 0
-    if not (possible and _engine_pays(grad, turned, turned_args)):
-        return reference.convolution_backward(grad, x, weight, args, needs)
-    if max(weight.shape[2:]) > 1:
+    if max(spread) > 0:
         turned = turned.flip(2, 3)
-    d_x = _convolution(channels_last(grad), turned, None, turned_args)
-    if not (needs[1] or needs[2]):
-        return d_x, None, None
-    return d_x, *reference.convolution_backward(grad, x, weight, args, (False, *needs[1:]))[1:]
+    d_x = _convolve(grad, turned, None, args._replace(stride=(1, 1), padding=padding))
+    if not strided:
+        return d_x
+    # Of a 1x1 convolution with a stride: the pixels that it passes over have no gradient.
+    whole = _empty(x.shape, x.dtype).zero_()
+    whole[:, :, :: args.stride[0], :: args.stride[1]] = d_x
+    return whole
 
 
 def conv_bn_act(x, weight, conv_bias, bn_weight, bn_bias, residual, args, eps, act):
-    z = _convolution(channels_last(x), weight, conv_bias, args)
+    x = channels_last(x)
+    if _engine_pays(args.output_size(x, weight), x.dtype, args):
+        z = _convolve(x, weight, conv_bias, args)
+    else:
+        z = channels_last(reference.convolution(x, weight, conv_bias, args))
     y, mean, var = bn_act(z, bn_weight, bn_bias, residual, eps, act)
     return y, z, mean, var
