@@ -246,6 +246,11 @@ def change_weight_in_place(module):
     module.conv.weight.mul_(2)
 
 
+def transpose_weight(module):
+    """Another view of the same memory, which PyTorch does not count as a change."""
+    module.conv.weight.data = module.conv.weight.data.transpose(0, 1)
+
+
 def change_variance(module):
     module.bn.running_var.fill_(3)
 
@@ -270,8 +275,8 @@ def replace_batch_norm(module):
     module.bn = randomised(type(module.bn)(8))
 
 
-CHANGES = [change_stride, change_padding, change_dilation, change_act, change_weight_in_place, change_variance,
-           change_eps, add_bias, parametrize, replace_batch_norm]  # fmt: skip
+CHANGES = [change_stride, change_padding, change_dilation, change_act, change_weight_in_place, transpose_weight,
+           change_variance, change_eps, add_bias, parametrize, replace_batch_norm]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)

@@ -1,9 +1,9 @@
 """Packed weights, kept as long as what they were derived from is unchanged.
 
 A weight is recognised by its identity, its version counter (every in-place change through PyTorch raises it: an
-optimizer's step, `load_state_dict`, an EMA's `copy_`) and its address and dtype (`.to()`, `.data = ...`). The one
-change that PyTorch does not count is writing through `.data`: modules drop what they derived at every `train()` and
-`eval()`.
+optimizer's step, `load_state_dict`, an EMA's `copy_`) and its address, dtype, shape and strides (`.to()`,
+`.data = ...`). The one change that PyTorch does not count is writing through `.data`: modules drop what they derived at
+every `train()` and `eval()`.
 """
 
 from collections.abc import Callable, Hashable
@@ -24,7 +24,7 @@ def version(tensor: Tensor | None) -> tuple:
         return ()
     if tensor.is_inference():
         return (object(),)
-    return (tensor._version, tensor.data_ptr(), tensor.dtype)
+    return (tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def packed(weight: Tensor, form: Hashable, build: Callable[[], Tensor], *derived_from: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | 
             parameters["weight"], parameters["bias"], bn_parameters["weight"], bn_parameters["bias"],
             buffers["running_mean"], buffers["running_var"],
         )  # fmt: skip
-        state = [bn.eps, *[None if t is None else (t._version, t.data_ptr(), t.dtype) for t in sources]]
+        state = [None if t is None else (t._version, t.data_ptr(), t.dtype) for t in sources]
+        state += [bn.eps, sources[0].shape, sources[0].stride()]
     except (KeyError, RuntimeError):  # a parametrized convolution; inference tensors, whose changes are not counted
         return None
     key = (
