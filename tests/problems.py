@@ -91,6 +91,18 @@ LAYOUTS = {
 }
 
 
+def image(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return LAYOUTS["channels_last"](torch.randn(*size).to(dtype))
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """`module` in eval mode, with vectors (batch norm's, biases) that are not 0 and 1."""
+    for t in [*module.parameters(), *module.buffers()]:
+        if t.is_floating_point() and t.dim() == 1:
+            t.data.uniform_(0.5, 1.5)
+    return module.eval()
+
+
 def cases(table=CONV_CASES):
     return pytest.mark.parametrize("case", table, ids=lambda case: case.id)
 

@@ -1,36 +1,20 @@
-"""Inference's shortcuts: residuals that are overwritten, prepared convolutions, outputs in kept memory, no dispatcher.
+"""Inference's shortcuts: residuals that are overwritten, prepared convolutions, no dispatcher.
 
 Each must be invisible: whoever can see a tensor finds in it what was there, and what is computed is what the operator
 computes now.
 """
 
-import gc
-import io
-import threading
-
 import pytest
 import torch
-from problems import BACKEND_NAMES, LAYOUTS
+from problems import BACKEND_NAMES, image, randomised
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet as fr
 from fused_resnet.backends import backend_report
-from fused_resnet.backends.cpu import extension_missing
 from fused_resnet.modules import blocks, prepared, unit
 
 needs_cpu = pytest.mark.skipif("cpu" not in BACKEND_NAMES, reason=backend_report()["cpu"] or "available")
-
-
-def image(*size, dtype=torch.float32):
-    return LAYOUTS["channels_last"](torch.randn(*size).to(dtype))
-
-
-def randomised(module):
-    for t in [*module.parameters(), *module.buffers()]:
-        if t.is_floating_point() and t.dim() == 1:
-            t.data.uniform_(0.5, 1.5)
-    return module.eval()
 
 
 STAGES = {
@@ -356,125 +340,3 @@ def test_a_direct_call_is_the_operator(name):
         y.square().sum().backward()
         found.append((y.detach(), x.grad))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-# --- max pooling ---
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding"),
-    [(3, 2, 1), (2, 2, 0), (3, 1, 1), ((3, 5), (2, 1), (1, 2)), (1, 1, 0), (2, None, 1)],
-)
-@pytest.mark.parametrize("size", [(2, 64, 9, 8), (1, 3, 5, 7), (3, 33, 6, 6)])
-def test_max_pool2d(size, kernel, stride, padding, dtype):
-    x = image(*size, dtype=dtype)
-    x[0, 0, 1, 1], x[0, 1], x[-1, -1, 0, 0] = float("nan"), -float("inf"), float("inf")
-    with torch.no_grad():
-        y = fr.ops.max_pool2d(x, kernel, stride, padding)
-    truth = nn.functional.max_pool2d(x, kernel, stride, padding)
-    assert torch.equal(y.nan_to_num(7), truth.nan_to_num(7))
-    assert torch.equal(y.isnan(), truth.isnan())
-    assert y.stride() == truth.stride()
-
-
-def test_max_pool2d_errors_are_those_of_torch():
-    with torch.no_grad():
-        for arguments in ((image(1, 2, 4, 4), 3, 1, 2), (image(1, 2, 2, 2), 3), (torch.randn(1, 2, 4), 9)):
-            with pytest.raises(RuntimeError) as truth:
-                nn.functional.max_pool2d(*arguments)
-            with pytest.raises(RuntimeError) as found:
-                fr.ops.max_pool2d(*arguments)
-            assert str(found.value) == str(truth.value)
-
-
-def test_max_pool2d_gradient():
-    x = image(2, 8, 9, 9).requires_grad_()
-    other = x.detach().clone().requires_grad_()
-    fr.ops.max_pool2d(x, 3, 2, 1).square().sum().backward()
-    nn.functional.max_pool2d(other, 3, 2, 1).square().sum().backward()
-    assert torch.equal(x.grad, other.grad)
-
-
-# --- memory of outputs ---
-
-
-@pytest.fixture
-def megabytes():
-    """A function that returns a fresh output of so many MB."""
-    if extension_missing():
-        pytest.skip(extension_missing())
-    one = torch.ones(16)
-
-    def make(count, value=1.0):
-        x = torch.full((count, 16, 128, 128), value).contiguous(memory_format=torch.channels_last)
-        return fr.ops.scale_act(x, one, 0 * one, act="none")
-
-    gc.collect()
-    fr.empty_cache()
-    return make
-
-
-def test_memory_of_a_dead_output_is_used_again(megabytes):
-    y = megabytes(3)
-    del y
-    assert fr.empty_cache() >= 3 << 20
-    assert fr.empty_cache() == 0
-    y = megabytes(3)
-    address = y.data_ptr()
-    view = y[1:]
-    del y
-    assert megabytes(3).data_ptr() != address  # the view holds it
-    assert (view == 1).all()
-    del view
-    assert megabytes(3).data_ptr() == address  # of those that are idle, the last
-
-
-def test_living_outputs_never_share_memory(megabytes):
-    random, alive = torch.Generator().manual_seed(0), []
-    for step in range(200):
-        count = int(torch.randint(1, 6, (), generator=random))
-        alive.append((megabytes(count, float(step)), float(step)))
-        if len(alive) > 8:
-            alive.pop(int(torch.randint(0, len(alive), (), generator=random)))
-    assert all((y == value).all() for y, value in alive)
-
-
-def test_outputs_on_many_threads(megabytes):
-    wrong = []
-
-    def work(value):
-        for _ in range(30):
-            y = megabytes(1 + value % 3, float(value))
-            if not (y == value).all():
-                wrong.append(value)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def test_an_output_is_an_ordinary_tensor(megabytes):
-    y = megabytes(2)
-    truth = y.clone()
-    file = io.BytesIO()
-    torch.save(y, file)
-    file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=True), truth)
-    array = y.numpy()
-    y.add_(1)
-    assert array.flat[0] == 2
-    y.share_memory_()
-    assert y.is_shared()
-    assert torch.equal(y, truth + 1)
-
-
-def test_no_more_is_kept_than_was_in_use_at_once(megabytes):
-    for count in range(4, 20):  # each too large for the memory of those before it
-        megabytes(count)
-    assert fr.empty_cache() <= 20 << 20
-    del megabytes
-    assert fr.empty_cache() == 0

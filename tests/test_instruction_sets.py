@@ -11,7 +11,8 @@ import torch
 from fused_resnet.backends.cpu import extension_missing
 
 SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
-FILES = ("test_add_act", "test_bn_act", "test_conv_scale_act", "test_conv_bn_act", "test_inference")
+FILES = ("test_add_act", "test_bn_act", "test_conv_scale_act", "test_conv_bn_act", "test_inference", "test_max_pool2d")
+CHOSEN = "two_times or exact or inference or max_pool2d"
 HERE = Path(__file__).parent
 
 
@@ -22,7 +23,7 @@ def test_instruction_set(name):
     if SETS.index(name) >= SETS.index(best):
         pytest.skip(f"this processor's best, which all other tests use, is {best}")
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "two_times or exact or inference",
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN,
          *[str(HERE / f"{file}.py") for file in FILES]],
         env=os.environ | {"FUSED_RESNET_CPU_ISA": name}, capture_output=True, text=True, check=False,
     )  # fmt: skip

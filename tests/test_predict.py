@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tolerances import tolerance
 from torch import nn
 
 import fused_resnet as fr
@@ -72,7 +73,7 @@ def test_tencrop_averages_the_softmax_of_ten_crops(folder, model):
     torch.testing.assert_close(probabilities(net, crops[None])[0], expected)
     (found,) = predict(net, [folder / "0.png"], tencrop=True, size=32, topk=7)
     assert [i for i, _, _ in found.classes] == expected.argsort(descending=True).tolist()
-    assert sum(p for _, _, p in found.classes) == pytest.approx(1.0, abs=1e-5)
+    assert sum(p for _, _, p in found.classes) == pytest.approx(1.0, abs=tolerance("probabilities"))
 
 
 def test_predict_does_not_depend_on_the_batch_size(folder, model):
@@ -82,7 +83,8 @@ def test_predict_does_not_depend_on_the_batch_size(folder, model):
     assert [p.path for p in one] == [str(f) for f in files]
     for a, b in zip(one, all_at_once, strict=True):
         assert [i for i, _, _ in a.classes] == [i for i, _, _ in b.classes]
-        np.testing.assert_allclose([v for *_, v in a.classes], [v for *_, v in b.classes], rtol=1e-5)
+        values = ([v for *_, v in prediction.classes] for prediction in (a, b))
+        np.testing.assert_allclose(*values, rtol=tolerance("probabilities"))
 
 
 def test_predict_takes_grey_palette_and_transparent_images(tmp_path, model):

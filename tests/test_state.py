@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import BACKEND_NAMES, LAYOUTS, poisoned
+from problems import BACKEND_NAMES, LAYOUTS, poisoned, randomised
 from tolerances import assert_two_times
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -24,14 +24,6 @@ MODULES = {
     "inside_sequential": lambda: nn.Sequential(fr.ConvBNAct2d(8, 8, 3), fr.Bottleneck(8, 2)),
 }
 modules = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES.keys())
-
-
-def randomised(make):
-    module = make()
-    for t in [*module.parameters(), *module.buffers()]:
-        if t.is_floating_point() and t.dim() == 1:
-            t.data.uniform_(0.5, 1.5)
-    return module
 
 
 def plain(module, x):
@@ -132,7 +124,7 @@ CHANGES = [load_state_dict, optimizer_step, optimizer_step_in_eval, statistics_o
 @modules
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_stale_folded_weights(change, make):
-    module, x = randomised(make).eval(), LAYOUTS["channels_last"](torch.randn(2, 8, 6, 6))
+    module, x = randomised(make()).eval(), LAYOUTS["channels_last"](torch.randn(2, 8, 6, 6))
     with torch.no_grad():
         y = module(x)
         assert torch.equal(module(x), y)  # from the cache
@@ -143,7 +135,7 @@ def test_stale_folded_weights(change, make):
 
 @modules
 def test_stale_folded_weights_of_an_average(make):
-    module, x = randomised(make), LAYOUTS["channels_last"](torch.randn(2, 8, 6, 6))
+    module, x = randomised(make()), LAYOUTS["channels_last"](torch.randn(2, 8, 6, 6))
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
     previous = None
@@ -163,7 +155,7 @@ def test_stale_folded_weights_of_an_average(make):
 @modules
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_stale_folded_weights_after_to(dtype, make):
-    module, x = randomised(make).eval(), LAYOUTS["channels_last"](torch.randn(2, 8, 6, 6))
+    module, x = randomised(make()).eval(), LAYOUTS["channels_last"](torch.randn(2, 8, 6, 6))
     with torch.no_grad():
         module(x)
         module, x = module.to(dtype), x.to(dtype)
@@ -176,7 +168,7 @@ def test_inference_mode(make):
     """A model made, loaded or run in inference mode: its tensors keep no version counter."""
     x = LAYOUTS["channels_last"](torch.randn(2, 8, 6, 6))
     with torch.inference_mode():
-        module = randomised(make).eval()
+        module = randomised(make()).eval()
         y = module(x)
         assert_fresh(module, x)
         for p in module.parameters():
@@ -184,7 +176,7 @@ def test_inference_mode(make):
         assert not torch.equal(module(x), y)
         assert_fresh(module, x)
     assert_fresh(module, x)  # and outside, without a gradient
-    outside = randomised(make).eval()
+    outside = randomised(make()).eval()
     with torch.inference_mode():
         y = outside(x)
     assert torch.equal(outside(x).detach(), y)  # what inference mode cached can be used for training
@@ -196,7 +188,7 @@ def test_inference_mode(make):
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved_tensor_hooks"])
 def test_checkpointed_recompute_updates_statistics_once(use_reentrant, make):
     """p96136: running statistics, their count and the gradients are those without a checkpoint."""
-    module = randomised(make).train()
+    module = randomised(make()).train()
     other, x = copy.deepcopy(module), torch.randn(2, 8, 6, 6)
     grads = []
     for m, run in ((module, lambda x: checkpoint(module, x, use_reentrant=use_reentrant)), (other, other)):
@@ -212,7 +204,7 @@ def test_checkpointed_recompute_updates_statistics_once(use_reentrant, make):
 @modules
 def test_out_of_memory_leaves_state_unchanged(make, monkeypatch):
     """The error propagates, the module is as before, and a smaller batch works."""
-    module = randomised(make).train()
+    module = randomised(make()).train()
     before = copy.deepcopy(module.state_dict())
 
     def fail(*args):
@@ -231,7 +223,7 @@ def test_out_of_memory_leaves_state_unchanged(make, monkeypatch):
 @pytest.mark.parametrize("make", [MODULES["conv"], MODULES["bn"]], ids=["conv", "bn"])
 def test_empty_batch_in_training(make):
     """N = 0: parameters and statistics stay finite and unchanged. Eager counts such a batch; it is not counted here."""
-    module = randomised(make).train()
+    module = randomised(make()).train()
     before = copy.deepcopy(module.state_dict())
     y = module(torch.randn(0, 8, 6, 6))
     assert y.shape == (0, 8, 6, 6)

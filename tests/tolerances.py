@@ -53,6 +53,11 @@ TOLERANCES = {
         "Where a pre-activation lies this close to a kink of its activation, relative to the largest one, bf16's eight "
         "bits and three roundings may put it on the other side, where the slope is another: grad_output is zero there.",
     ),
+    "probabilities": Tolerance(
+        1e-5,
+        "probabilities in fp32, relative: another batch size sums a small network's products in another order, and a "
+        "sum over classes of averages of ten softmaxes rounds a hundred times by 6e-8",
+    ),
     "cancellation": Tolerance(
         4.0,
         "At mean / std = r the mean is a number whose last place is r * eps of the deviation, and so is the error of "

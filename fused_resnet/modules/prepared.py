@@ -19,8 +19,8 @@ from fused_resnet.modules.batch_norm import folded
 # A convolution is kept ready for this many shapes of input.
 MOST_SHAPES = 16
 
-# For each convolution: the state of what its kernel is derived from, those tensors' memory (freed by `.data =` or
-# `.to()`, its address could come back with other contents), and a kernel, or None, for each input.
+# For each convolution: the state of what its kernel is derived from, a kernel, or None, for each input, and those
+# tensors' memory (freed by `.data =` or `.to()`, its address could come back with other contents).
 _prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -37,6 +37,7 @@ def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | 
             parameters["weight"], parameters["bias"], bn_parameters["weight"], bn_parameters["bias"],
             buffers["running_mean"], buffers["running_var"],
         )  # fmt: skip
+        # As backends.packing.version, written out: it is asked for six tensors at every call.
         state = [None if t is None else (t._version, t.data_ptr(), t.dtype) for t in sources]
         state += [bn.eps, sources[0].shape, sources[0].stride()]
     except (KeyError, RuntimeError):  # a parametrized convolution; inference tensors, whose changes are not counted
@@ -45,20 +46,16 @@ def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | 
         x.shape, x.dtype, like_residual, act, conv.stride, conv.padding, conv.dilation, conv.groups,
         context_backend(), os.environ.get("FUSED_RESNET_BACKEND"), torch._C._get_mkldnn_enabled(),
     )  # fmt: skip
-    kept = _prepared.get(conv)
-    if kept is None or kept[0] != state or len(kept[2]) > MOST_SHAPES:
-        kept = (state, [None if t is None else t.detach() for t in sources], {})
-        _prepared[conv] = kept
-    try:
-        return kept[2][key]
-    except KeyError:
-        pass
-    run = ops.prepare_conv_scale_act(
-        x, conv.weight, *folded(bn, conv.bias), residual=residual, act=act,
-        stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
-    )  # fmt: skip
-    kept[2][key] = run
-    return run
+    kept_state, runs, _ = _prepared.get(conv, (None, {}, None))
+    if kept_state != state or len(runs) > MOST_SHAPES:
+        runs = {}
+        _prepared[conv] = (state, runs, [None if t is None else t.detach() for t in sources])
+    if key not in runs:
+        runs[key] = ops.prepare_conv_scale_act(
+            x, conv.weight, *folded(bn, conv.bias), residual=residual, act=act,
+            stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
+        )  # fmt: skip
+    return runs[key]
 
 
 def forget_prepared(conv: nn.Module) -> None:

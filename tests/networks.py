@@ -1,0 +1,51 @@
+"""What the tests of whole networks share."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def largest(value, truth):
+    """max|value - truth| / max|truth|."""
+    return ((value.double() - truth.double()).abs().max() / truth.double().abs().max()).item()
+
+
+def batch_norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def seeded(build, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return build(**kwargs)
+
+
+def step(model, x, labels):
+    """One forward and backward pass in training mode; the gradients of all parameters."""
+    model.train()
+    F.cross_entropy(model(x), labels).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def statistics(model):
+    return [b for b in model.buffers() if b.is_floating_point()]
+
+
+def calibrate(model, x):
+    """Running statistics that are those of `x`, so that the network is well scaled in eval mode."""
+    momenta = [(bn, bn.momentum) for bn in batch_norms(model)]
+    for bn, _ in momenta:
+        bn.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    for bn, momentum in momenta:
+        bn.momentum = momentum
+    return model.eval()
+
+
+def on_meta(build, **kwargs):
+    with torch.device("meta"):
+        return build(**kwargs)
