@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 help:
 	@echo "make demo    two photographs through ResNet-50, and a small ResNet trained on digits, fused beside plain"
 	@echo "make test    the whole test suite          make lint    style of Python and C++"
-	@echo "make bench   inference, training and operators against the peers that are installed"
+	@echo "make bench   everything against the peers that are installed, and the report (an hour)"
 
 # torch comes first and pinned: everything after it finds it there, and the build uses it.
 $(VENV)/.torch: constraints.txt
@@ -46,9 +46,8 @@ format: setup
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 bench: setup
-	$(BIN)/python -m bench.inference --out bench/results
-	$(BIN)/python -m bench.training --out bench/results
-	$(BIN)/python -m bench.bn_act --out bench/results
+	$(BIN)/python -m bench all --out bench/results
+	$(BIN)/python -m bench report
 
 clean:
 	rm -rf build dist *.egg-info fused_resnet/*.so $(VENV)/.installed

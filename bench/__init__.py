@@ -1,0 +1,1 @@
+"""Measures fused_resnet beside its peers: `python -m bench --help`."""

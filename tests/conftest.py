@@ -1,9 +1,30 @@
 """What every test needs: torchvision beside a CPU-only torch, seeds, and the GPU's absence said aloud."""
 
+import contextlib
+import importlib.util
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-# Beside a CPU-only torch, torchvision's compiled part does not load; its import registers fakes for these two names.
+# Matrix products on a GPU are refused under use_deterministic_algorithms without it; cuBLAS reads it at its first use.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+NO_GPU = "needs an NVIDIA GPU, and torch.cuda finds none"
+
+
+def _load_torchvision_operators() -> None:
+    """Beside a CPU-only torch, torchvision's compiled part does not load; its import registers fakes for two of its
+    operators, which are then made here. Where it loads it has them, and no operator can be defined twice.
+    """
+    found = importlib.util.find_spec("torchvision")
+    for library in Path(found.origin).parent.glob("_C*") if found else ():
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(library)
+
+
+_load_torchvision_operators()
 _TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
 for _name in ("nms", "qnms"):
     if not hasattr(torch.ops.torchvision, _name):
@@ -18,7 +39,23 @@ def _seed():
 def pytest_collection_modifyitems(config, items):
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch.cuda finds none")
+    skip = pytest.mark.skip(reason=NO_GPU)
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line about the tests marked gpu: a run without a GPU must not look like one that has tested it."""
+
+    def count(*outcomes: str) -> int:
+        reports = [report for outcome in outcomes for report in terminalreporter.stats.get(outcome, ())]
+        return sum("gpu" in getattr(report, "keywords", ()) for report in reports)
+
+    ran, skipped = count("passed", "failed"), count("skipped")
+    if ran:
+        also = f", {skipped} skipped" if skipped else ""
+        terminalreporter.write_line(f"gpu: {ran} tests ran on {torch.cuda.get_device_name()}{also}")
+    elif skipped:
+        reason = "" if torch.cuda.is_available() else " for want of a GPU"
+        terminalreporter.write_line(f"gpu: {skipped} tests skipped{reason}")

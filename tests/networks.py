@@ -2,12 +2,24 @@
 
 import torch
 import torch.nn.functional as F
+from tolerances import tolerance
 from torch import nn
 
 
 def largest(value, truth):
     """max|value - truth| / max|truth|."""
     return ((value.double() - truth.double()).abs().max() / truth.double().abs().max()).item()
+
+
+def relative(value, truth):
+    """|value - truth| / |truth|, Euclidean norms."""
+    return ((value - truth).norm() / truth.norm()).item()
+
+
+def nonzero(tensors):
+    """Indices of those that are more than rounding: of the others there is no relative error."""
+    scale = max(t.norm() for t in tensors)
+    return [i for i, t in enumerate(tensors) if t.norm() > 1e-9 * scale]
 
 
 def batch_norms(model):
@@ -32,6 +44,13 @@ def step(model, x, labels):
 
 def statistics(model):
     return [b for b in model.buffers() if b.is_floating_point()]
+
+
+def assert_network_two_times(mine, eager, truth):
+    """The two-times rule for the median and for the largest of all tensors' relative errors."""
+    errors = torch.tensor([[relative(mine[i], truth[i]), relative(eager[i], truth[i])] for i in nonzero(truth)])
+    for error, plain in (errors.median(0).values, errors.max(0).values):
+        assert error <= tolerance("two_times") * plain + tolerance("model_floor")
 
 
 def calibrate(model, x):

@@ -198,8 +198,14 @@ def run(function, tensors: dict, grad: Tensor | None, dtype: torch.dtype | None 
     return y.detach(), dict(zip(wanted, found, strict=True))
 
 
+def on_cpu(tensors: dict) -> dict:
+    """Where the truth is computed: no error of another device is in it."""
+    return {name: None if t is None else t.cpu() for name, t in tensors.items()}
+
+
 def smooth_gradient(eager, tensors: dict, act: str, layout: str = "nchw", **options) -> Tensor:
     """A random grad_output, zero where the pre-activation is too close to a kink to have one gradient."""
+    x, tensors = tensors["x"], on_cpu(tensors)
     pre, _ = run(eager, tensors, None, torch.float64, act="none", **options)
     margin = tolerance("kink_margin") * max(1.0, pre.abs().max().item())
     keep = torch.ones_like(pre, dtype=torch.bool)
@@ -207,21 +213,21 @@ def smooth_gradient(eager, tensors: dict, act: str, layout: str = "nchw", **opti
         keep &= (pre - kink).abs() > margin
     if layout == "expanded":
         keep = keep.all(0, keepdim=True).expand(pre.shape)
-    return LAYOUTS[layout](torch.randn(pre.shape).to(tensors["x"].dtype) * keep)
+    return LAYOUTS[layout]((torch.randn(pre.shape).to(x.dtype) * keep).to(x.device))
 
 
 def compare_with_eager(fused, eager, tensors: dict, act: str, layout: str = "nchw", fused_options=None, **options):
     """The two-times rule for the output and for the gradient of every tensor; grad_output has the given layout.
 
-    Eager runs in channels_last, the native layout: for NCHW oneDNN sums a convolution in another order, which may be
-    three times as precise in fp32.
+    The truth is computed on the CPU, everything else on the device of the tensors. Eager runs in channels_last, the
+    native layout: for NCHW oneDNN sums a convolution in another order, which may be three times as precise in fp32.
     """
     grad = smooth_gradient(eager, tensors, act, layout, **options)
-    truth, true_grads = run(eager, tensors, grad, torch.float64, act=act, **options)
+    truth, true_grads = run(eager, on_cpu(tensors), grad.cpu(), torch.float64, act=act, **options)
     native = {name: t if t is None or t.dim() != 4 else LAYOUTS["channels_last"](t) for name, t in tensors.items()}
     plain, plain_grads = run(eager, native, LAYOUTS["channels_last"](grad), act=act, **options)
     out, grads = run(fused, tensors, grad, act=act, **options, **(fused_options or {}))
-    assert_two_times(out, plain, truth)
+    assert_two_times(out.cpu(), plain.cpu(), truth)
     for name, found in grads.items():
         what = f"gradient of {name}"
-        assert_two_times(found, plain_grads[name], true_grads[name], what, "floor_ulps_gradient")
+        assert_two_times(found.cpu(), plain_grads[name].cpu(), true_grads[name], what, "floor_ulps_gradient")

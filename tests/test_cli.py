@@ -6,6 +6,10 @@ import sys
 
 import pytest
 import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("tqdm")
+
 from PIL import Image
 
 import fused_resnet as fr

@@ -5,6 +5,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+
+pytest.importorskip("expecttest")  # op_db needs it
+
 from problems import BACKEND_NAMES, backends, dtypes
 from tolerances import assert_two_times
 from torch.testing._internal.common_methods_invocations import op_db

@@ -5,6 +5,10 @@ import os
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("tqdm")
+
 from PIL import Image
 from tolerances import tolerance
 from torch import nn

@@ -11,6 +11,10 @@ import threading
 
 import pytest
 import torch
+
+pytest.importorskip("safetensors")
+pytest.importorskip("torchvision")
+
 import torchvision.models
 from safetensors.torch import save_file
 from torch import nn

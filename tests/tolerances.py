@@ -58,6 +58,16 @@ TOLERANCES = {
         "probabilities in fp32, relative: another batch size sums a small network's products in another order, and a "
         "sum over classes of averages of ten softmaxes rounds a hundred times by 6e-8",
     ),
+    "loss_autocast": Tolerance(
+        2.0**-6,
+        "a loss under autocast, relative to eager's: the logits of both are in bf16, with errors of 2^-8 of the "
+        "largest, and the cross entropy changes by at most twice as much as a logit",
+    ),
+    "sum_of_many": Tolerance(
+        1e-4,
+        "max|sum - truth| / max|truth| of sums over 131072 values of either sign: as many roundings of 6e-8 add up to "
+        "360 of them at random, in partial sums a few times as large; a block of values left out shows at 1e-2",
+    ),
     "cancellation": Tolerance(
         4.0,
         "At mean / std = r the mean is a number whose last place is r * eps of the deviation, and so is the error of "

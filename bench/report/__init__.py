@@ -1,0 +1,51 @@
+"""Makes a page with figures of the records, and writes the README's section on speed.
+
+    python -m bench report
+    python -m bench report records/*.jsonl --out page --no-readme
+    python -m bench report --check
+
+A file that is no record is named and left out. --check writes nothing: it says whether the README equals the records.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench.record import ROOT
+
+
+def add_parser(commands) -> None:
+    """Add `report` to the subcommands."""
+    command = commands.add_parser(
+        "report",
+        help="A page with figures of the records, and the README's section",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("paths", nargs="*", help="records, or folders of them (default: bench/results)")
+    command.add_argument("--out", default="bench_report", help="folder of the page (default: bench_report)")
+    command.add_argument("--readme", default=ROOT / "README.md", help="whose section is written (default: README.md)")
+    only = command.add_mutually_exclusive_group()
+    only.add_argument("--no-readme", action="store_true", help="leave the README alone")
+    only.add_argument("--check", action="store_true", help="write nothing; 1 if the README is not what it would be")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and the README, or check the README."""
+    from bench.report import page, readme
+    from bench.report.records import load
+
+    devices, problems = load(args.paths or [ROOT / "bench" / "results"])
+    for problem in problems:
+        print(f"python -m bench report: {problem}", file=sys.stderr)
+    if args.check:
+        return readme.check(Path(args.readme), devices)
+    path, text = Path(args.readme), None
+    if not args.no_readme:
+        _, text = readme.rewritten(path, devices)  # before anything is written: it may be no README
+    print(page.write(devices, problems, Path(args.out)))
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+        print(path)
+    return 0
