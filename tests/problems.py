@@ -163,7 +163,12 @@ def finish(y: Tensor, residual: Tensor | None, act: str) -> Tensor:
 def eager_scale_act(x, scale, shift, residual=None, *, act):
     """`batch_norm` with mean 0, variance 1 and eps 0 is a scale and a shift."""
     mean, var = torch.zeros_like(scale), torch.ones_like(scale)
-    return finish(F.batch_norm(x, mean, var, scale, shift, eps=0.0), residual, act)
+    return finish(plain_batch_norm(x, mean, var, scale, shift, eps=0.0), residual, act)
+
+
+def plain_batch_norm(x, mean, var, weight=None, bias=None, *, eps):
+    """`F.batch_norm` in eval mode without its check of eps: torch 2.11 refuses 0, which the operator itself takes."""
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
 
 
 def eager_conv_scale_act(x, weight, scale, shift, residual=None, *, act, **geometry):

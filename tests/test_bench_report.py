@@ -5,45 +5,14 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from bench_records import header, layer, network, pair, timed, write
 
 from bench import __main__ as bench
-from bench.report import records
+from bench.report import records, words
 
 LABELS = ("1x1 64->64 56px", "3x3 64->64 56px", "7x7 /2 3->64 224px")
 NASTY = "<script>alert(1)</script> | `x`\n<!-- bench:end --> not installed"
 README = "# Title\n\nbefore\n<!-- bench:start -->\nold\n<!-- bench:end -->\nafter\n"
-
-
-def header(suite, **changed):
-    hardware = {"name": "Test <b>CPU</b>", "threads": 2, "cores": 4, "capability": "avx2", "processor": "Test"}
-    about = {"format": 1, "date": "2026-01-02", "time": "10:00:00", "device": "cpu", "hardware": hardware}
-    about |= {"versions": {"torch": "2.13.0"}, "commit": "abc123", "clean": True, "suite": suite, "dtypes": ["fp32"]}
-    return {**about, "command": f"python -m bench {suite}", **changed}
-
-
-def timed(suite, case, system, ms, ours_ms, **more):
-    numbers = {"flops": 2e9, "bytes": 1e8, "floor_ms": 2.0, "of_floor": 2.0 / ms, "gb_per_s": 100 / ms}
-    numbers |= {"copy_gb_per_s": 50.0, "peak_tflops": 1.0, "images_per_s": 1000 / ms, "error": 1e-7, "ready_s": 0.5}
-    numbers |= {"median_ms": ms, "p20_ms": ms, "p80_ms": ms, "fused_is_faster_by": ms / ours_ms}
-    return {"suite": suite, "case": case, "system": system, "status": "ok", **numbers, **more}
-
-
-def pair(suite, case, ours_ms, eager_ms):
-    return [timed(suite, case, "eager", eager_ms, ours_ms), timed(suite, case, "fused_resnet", ours_ms, ours_ms)]
-
-
-def layer(label, **used_by):
-    used_by = {name: [f"layer{i}" for i in range(count)] for name, count in used_by.items()}
-    return {"device": "cpu", "dtype": "fp32", "batch": 2, "layer": {"label": label}, "used_by": used_by}
-
-
-def network(**more):
-    return {"device": "cpu", "dtype": "fp32", "batch": 1, "model": "resnet50", "size": 224, **more}
-
-
-def write(path, *lines, end="\n"):
-    path.write_text("\n".join(json.dumps(line) for line in lines) + end)
-    return path
 
 
 @pytest.fixture
@@ -51,20 +20,16 @@ def folder(tmp_path):
     """Three layers, of which two lose; a network that loses to OpenVINO; a peer that fails and one that is missing."""
     kept = tmp_path / "records"
     kept.mkdir()
-    fast, slow, slowest = (
-        layer(LABELS[0], resnet18=2),
-        layer(LABELS[1], resnet18=1, resnet50=3),
-        layer(LABELS[2], resnet50=1),
-    )
-    rows = [*pair("layers", fast, 4, 8), *pair("layers", slowest, 6, 3), *pair("layers", slow, 10, 9)]
-    write(kept / "layers.jsonl", header("layers"), *rows)
+    fast, slow = layer(LABELS[0], resnet18=2), layer(LABELS[1], resnet18=1, resnet50=3)
+    rows = [*pair("layers", fast, 4, 8), *pair("layers", layer(LABELS[2], resnet50=1), 6, 3)]
+    write(kept / "layers.jsonl", header("layers"), *rows, *pair("layers", slow, 10, 9))
     rows = [*pair("models", network(), 100, 150), timed("models", network(), "openvino", 80, 100)]
     for system, status, reason in (("onnxruntime", "missing", NASTY), ("compile", "failed", "no compiler")):
         rows.append({"suite": "models", "case": network(), "system": system, "status": status, "reason": reason})
     write(kept / "models.jsonl", header("models"), *rows)
-    training = network(mode="training")
-    rows = [{"suite": "memory", "case": training, "system": system, "status": "ok", "peak_mb": peak, "kept_mb": peak / 2}
-            for system, peak in (("eager", 400), ("fused_resnet", 300))]  # fmt: skip
+    row = {"suite": "memory", "case": network(mode="training"), "status": "ok"}
+    numbers = {"eager": {"peak_mb": 400, "kept_mb": 200}, "fused_resnet": {"peak_mb": 300, "kept_mb": 150}}
+    rows = [{**row, "system": system, **found} for system, found in numbers.items()]
     write(kept / "memory.jsonl", header("memory"), *rows)
     return kept
 
@@ -108,13 +73,13 @@ class Page(HTMLParser):
         return [cells for fold, cells in self.rows if fold == folded and cells[0][1].startswith(firsts)]
 
 
-def page(folder, out, *more):
-    assert bench.main(["report", str(folder), "--out", str(out), "--no-readme", *more]) == 0
+def page(folder, out):
+    assert bench.main(["report", str(folder), "--out", str(out), "--no-readme"]) == 0
     text = (out / "index.html").read_text()
     return text, Page(text)
 
 
-def test_broken_files_are_named_and_skipped(folder, tmp_path, capsys):
+def test_broken_files_are_named_and_skipped(folder, capsys):
     good = timed("models", network(batch=2), "eager", 1, 1)
     (folder / "empty.jsonl").write_text("")
     (folder / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
@@ -122,19 +87,18 @@ def test_broken_files_are_named_and_skipped(folder, tmp_path, capsys):
     write(folder / "foreign.jsonl", header("models", format=7), good)
     write(folder / "headless.jsonl", good, good)
     write(folder / "rowless.jsonl", header("models"), {"speed": 3})
-    cut = write(
-        folder / "cut.jsonl", header("models"), timed("models", network(batch=8), "eager", 125, 1), good, end=""
-    )
+    cut = write(folder / "cut.jsonl", header("models"), timed("models", network(batch=8), "eager", 1, 1), good)
     cut.write_text(cut.read_text()[:-40])
-    _, found = page(folder, tmp_path / "out")
+    (device,), problems = records.load([folder])
+    why = {"binary": "utf-8", "empty": "empty", "foreign": "format 7", "headless": "first line", "rowless": "line 2"}
+    for (name, reason), said in zip({**why, "words": "line 2"}.items(), problems[:1] + problems[2:], strict=True):
+        assert said.startswith(f"{name}.jsonl: skipped: ")
+        assert reason in said
+    assert problems[1].startswith("cut.jsonl: line 3")
+    assert [case.fields["batch"] for case in device.of("models")] == [8, 1]
+    assert bench.main(["report", str(folder), "--readme", str(folder / "absent.md"), "--check"]) == 2
     said = capsys.readouterr().err
-    for name, why in {"empty": "empty", "binary": "utf-8", "words": "line 2", "foreign": "format 7",
-                      "headless": "first line", "rowless": "line 2"}.items():  # fmt: skip
-        line = next(line for line in said.splitlines() if f"{name}.jsonl" in line)
-        assert "skipped" in line
-        assert why in line
-    assert "cut.jsonl: line 3" in said
-    assert [cells[1][1] for cells in found.of("resnet50", folded=False) if "training" not in cells[0][1]] == ["1", "8"]
+    assert all(problem in said for problem in problems)
 
 
 def test_later_run_wins(folder):
@@ -169,9 +133,12 @@ def test_losing_rows_come_first_and_are_marked(folder, tmp_path):
 
 def test_long_tables_fold_and_losses_stay_outside(tmp_path):
     rows = [row for i in range(30) for row in pair("layers", layer(f"layer-{i}", resnet50=1), 10, 9 if i == 17 else 20)]
-    _, found = page(write(tmp_path / "many.jsonl", header("layers"), *rows), tmp_path / "out")
-    assert [cells[0][1] for cells in found.of("layer-")] == ["layer-17"]
-    assert len(found.of("layer-", folded=True)) == 30
+    broken = {"case": layer("layer-broken", resnet50=1), "system": "fused_resnet", "status": "wrong", "reason": "off"}
+    record = write(tmp_path / "many.jsonl", header("layers"), *rows, {"suite": "layers", **broken})
+    text, found = page(record, tmp_path / "out")
+    assert [cells[0][1] for cells in found.of("layer-")] == ["layer-broken", "layer-17"]
+    assert len(found.of("layer-", folded=True)) == 31
+    assert "1 layer problem without a result of fused_resnet" in text
 
 
 def test_page_needs_nothing_else_and_escapes_what_it_shows(folder, tmp_path):
@@ -179,7 +146,7 @@ def test_page_needs_nothing_else_and_escapes_what_it_shows(folder, tmp_path):
     assert all(link.startswith("#") for link in found.loaded)
     assert "@import" not in text
     assert "http" not in text
-    assert not {"script", "link", "b>"} & set(found.tags)
+    assert not {"script", "link", "pre"} & set(found.tags)
     assert text.count("&lt;script&gt;alert(1)") == 1
     suites = ("models", "training", "layers", "ops", "memory", "startup", "accuracy", "runs", "without")
     assert [key.rpartition("-")[2] for key in found.ids if key.rpartition("-")[2] in suites] == list(suites)
@@ -195,6 +162,15 @@ def test_figures_are_drawn(folder, tmp_path):
     assert all(path.stat().st_size > 10_000 for path in (tmp_path / "out").glob("*.png"))
     assert text.count("<svg") == 3
     assert "openvino 0.80, fused is slower" in text
+
+
+@pytest.mark.parametrize(
+    ("show", "value", "text"),
+    [(words.number, 12345.6, "12,346"), (words.number, 0.99999, "1.00"), (words.number, 0.14891, "0.149"),
+     (words.ratio, 0.999, "0.99"), (words.ratio, 2 / 3, "0.67"), (words.share, 1.001, "1.01")],
+)  # fmt: skip
+def test_rounding_hides_no_loss(show, value, text):
+    assert show(value) == text
 
 
 def test_no_matplotlib(folder, tmp_path, monkeypatch, capsys):

@@ -69,14 +69,18 @@ def _ratio_bar(ax, y: float, case: Case, system: str) -> None:
     if found is None:
         status = case.rows.get(system, {}).get("status", "not measured")
         why = "no time of ours" if status == "ok" else status
-        ax.text(1.03, y, f"{system}: {why}", va="center", fontsize=FONT, color=MUTED, style="italic")
+        _beside(ax, 1, y, f"{system}: {why}", color=MUTED, style="italic")
         return
     lost = found < 1
     style = {"hatch": "/////", "edgecolor": LOST, "linewidth": 1.0} if lost else {"linewidth": 0}
     ax.barh(y, found - 1, left=1, height=0.82, color=colour(system), **style)
     text = f"{system} {ratio(found)}{', fused is slower' if lost else ''}"
-    weight = "bold" if lost else "normal"
-    ax.text(max(found, 1) * 1.03, y, text, va="center", fontsize=FONT, color=LOSS if lost else INK, weight=weight)
+    _beside(ax, max(found, 1), y, text, color=LOSS if lost else INK, weight="bold" if lost else "normal")
+
+
+def _beside(ax, x: float, y: float, text: str, **style) -> None:
+    """Text just to the right of a point."""
+    ax.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=FONT, **style)
 
 
 def memory(cases: list[Case]):
@@ -89,18 +93,18 @@ def memory(cases: list[Case]):
     for ax, members in panels:
         for case, start in members:
             for i, name in enumerate(shown):
-                _memory_bar(ax, start + i, case, name, high)
+                _memory_bar(ax, start + i, case, name)
         ax.set(xlim=(0, high * 1.75), xlabel="MB")
         ax.set_xticks([tick for tick in ax.get_xticks() if tick <= high * 1.05])
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     return figure
 
 
-def _memory_bar(ax, y: float, case: Case, system: str, high: float) -> None:
+def _memory_bar(ax, y: float, case: Case, system: str) -> None:
     peak, kept = case.value(system, "peak_mb"), case.value(system, "kept_mb")
     if peak is None:
         status = case.rows.get(system, {}).get("status", "not measured")
-        ax.text(high * 0.01, y, f"{system}: {status}", va="center", fontsize=FONT, color=MUTED, style="italic")
+        _beside(ax, 0, y, f"{system}: {status}", color=MUTED, style="italic")
         return
     ax.barh(y, peak, height=0.82, color=PAPER, linewidth=0)  # no grid shines through
     ax.barh(y, peak, height=0.82, color=colour(system), alpha=0.5 if kept else 1, linewidth=0)
@@ -108,4 +112,4 @@ def _memory_bar(ax, y: float, case: Case, system: str, high: float) -> None:
     if kept:
         ax.barh(y, kept, height=0.5, color=colour(system), linewidth=0)
         text += f", kept {megabytes(kept)}"
-    ax.text(max(peak, kept or 0) + high * 0.012, y, text, va="center", fontsize=FONT, color=INK)
+    _beside(ax, max(peak, kept or 0), y, text, color=INK)

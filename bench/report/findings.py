@@ -68,10 +68,12 @@ def lost_ms(case: Case) -> float:
 
 
 def losing_first(cases: list[Case]) -> list[Case]:
-    """What loses most time first, then what wins least; what has no ratio comes last."""
+    """What we have no result for, what loses most time, then what wins least; what no peer has a time for is last."""
 
     def key(case):
         best = case.best()
+        if not case.ours:
+            return -1, 0.0
         return (0, -lost_ms(case)) if loses(case) else (1, best[1]) if best else (2, 0.0)
 
     return sorted(cases, key=key)

@@ -55,7 +55,8 @@ def value(case: Case, system: str, key: str, show: Callable = number) -> Cell:
     if system not in case.rows:
         return Cell("–", "muted")
     if not case.ok(system):
-        return Cell(case.rows[system]["status"], "muted")
+        status = case.rows[system]["status"]
+        return Cell(status, "loss" if is_ours(system) and status != "missing" else "muted")
     return Cell(show(case.value(system, key)), "num")
 
 

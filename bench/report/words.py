@@ -1,5 +1,6 @@
 """How numbers and cases are written, on the page and in the README."""
 
+import math
 import re
 
 from bench.report.records import Case
@@ -16,8 +17,8 @@ def number(value: float | None, unit: str = "") -> str:
     elif abs(value) < 1e-3:
         text = f"{value:.1e}"
     else:
-        size = len(str(int(abs(value)))) if abs(value) >= 1 else -len(re.match(r"0\.(0*)", f"{abs(value):.9f}")[1])
-        text = f"{value:,.{max(3 - size, 0)}f}"
+        size = math.floor(math.log10(abs(float(f"{value:.3g}"))))  # 0.9999 has the size of 1
+        text = f"{value:,.{max(2 - size, 0)}f}"
     return f"{text} {unit}".strip()
 
 
@@ -25,8 +26,8 @@ def ratio(value: float | None) -> str:
     """Two decimals; nothing that is below 1 is rounded up to it."""
     if value is None:
         return "–"
-    if value >= 100:
-        return f"{value:,.0f}"
+    if value >= 100 or value < 0.1:
+        return number(value)
     return f"{min(round(value, 2), 0.99) if value < 1 else value:.2f}"
 
 

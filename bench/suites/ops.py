@@ -12,6 +12,7 @@ from bench.networks import Layer
 from bench.suites.common import Ready, image, operator_limit, relative_error, system_for
 from bench.suites.layers import tensors
 from bench.systems import is_ours
+from bench.systems.eager import EPS
 
 TASKS = {None: "op"}
 MAPS = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
@@ -90,9 +91,9 @@ def _eager(case, act: bool = True):
         return relu(y if residual is None else y.add_(residual))
 
     def depthwise(x, weight, scale, shift):
-        mean, var = torch.zeros_like(scale), torch.ones_like(scale)
+        mean, var = torch.zeros_like(scale), torch.ones_like(scale) - EPS
         y = F.conv2d(x, weight, **_depthwise(case).geometry)
-        return relu6(F.batch_norm(y, mean, var, scale, shift, eps=0.0))
+        return relu6(F.batch_norm(y, mean, var, scale, shift, eps=EPS))
 
     if case["op"].startswith("depthwise"):
         return depthwise
