@@ -75,7 +75,7 @@ class Ceilings:
         old = CEILINGS_LAST if self._options.device == "cpu" else float("inf")
         if dtype not in self._found or time.monotonic() - self._found[dtype][0] > old:
             worker = self._pool.worker("ceilings")
-            found = worker.ask("ceilings", self._options.device, dtype, 0.3, limit=self._options.limit)
+            found = worker.ask("ceilings", self._options.device, dtype, self._options.window, limit=self._options.limit)
             self._found[dtype] = (time.monotonic(), found)
         return self._found[dtype][1]
 

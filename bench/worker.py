@@ -60,7 +60,8 @@ class Server:
         import fused_resnet as fr
 
         self._ready = self._clock = None
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         gc.collect()
         fr.empty_cache()
         if torch.cuda.is_available():
