@@ -83,6 +83,16 @@ def network_training(found: Network, dtype: str) -> Cost:
     return cost
 
 
+def conv_bn_act_forward(layer: Layer, dtype: str) -> Cost:
+    """Convolution + batch norm in training + activation: the convolution sums its output, one more pass normalises."""
+    return conv_forward(layer, dtype) + Cost(((0.0, 2.0 * ELEMENT[dtype] * numel(layer.output)),))
+
+
+def conv_bn_act_backward(layer: Layer, dtype: str) -> Cost:
+    """Of batch norm and activation, then of the convolution."""
+    return bn_act_backward(layer.output, dtype, residual=False) + conv_backward(layer, dtype)
+
+
 def bn_act_forward(shape: tuple, dtype: str, *, residual: bool) -> Cost:
     """Batch norm in training, (+ residual), activation: x counts twice, as no output can be written before all of x was
     read once for the statistics.

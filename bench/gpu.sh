@@ -6,12 +6,13 @@
 # Sections: info build parity sanitizer quick layers ops models training memory accuracy startup. Each has its own time
 # limit, so that a slow one does not starve those after it, and none starts that the nine minutes have no room for.
 # Records, logs and summary.txt are written to OUTDIR as they come. It needs no network: torch, pytest and a compiler
-# are those that are there. PYTHON names the interpreter; DEVICE=cpu rehearses all of it without a GPU.
+# are those that are there. PYTHON names the interpreter, TOTAL the seconds; DEVICE=cpu rehearses it without a GPU.
 set -uo pipefail
 
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 TOTAL=${TOTAL:-540}
+LEAST=${LEAST:-10} # seconds without which no section starts
 ALL=(info build parity sanitizer quick layers ops models training memory accuracy startup)
 
 usage() {
@@ -23,7 +24,7 @@ usage() {
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 shift
-sections=("${@:-${ALL[@]}}")
+if (($#)); then sections=("$@"); else sections=("${ALL[@]}"); fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 for section in "${sections[@]}"; do
     [[ " ${ALL[*]} " == *" $section "* ]] || { echo "gpu.sh: unknown section '$section'" >&2; usage; }
@@ -101,17 +102,21 @@ export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 summary=$out/summary.txt
 : >"$summary"
 start=$SECONDS
+child=
+trap 'kill -TERM $child 2>/dev/null; wait; exit 130' INT TERM
 for section in "${sections[@]}"; do
     left=$((TOTAL - (SECONDS - start)))
     seconds=$((limit[$section] < left ? limit[$section] : left))
-    if ((seconds < 10)); then
+    if ((seconds < LEAST)); then
         printf '%-10s not started: the %s s are used up\n' "$section" "$TOTAL" | tee -a "$summary"
         continue
     fi
     echo "=== $section (at most $seconds s)"
     before=$SECONDS
     timeout --kill-after=5 "$seconds" bash -c "$(declare -p bench common); $(declare -f "$section"); $section" \
-        >"$out/$section.log" 2>&1
+        >"$out/$section.log" 2>&1 &
+    child=$!
+    wait "$child"
     code=$?
     case $code in
         0) word=ok ;;
@@ -122,10 +127,12 @@ for section in "${sections[@]}"; do
     printf '%-10s %-30s %4d s  %s\n' "$section" "$word" $((SECONDS - before)) "$last" | tee -a "$summary"
 done
 
-"$PYTHON" -m bench report "$out" --out "$out/report" --no-readme >"$out/report.log" 2>&1 &&
-    echo "report: $out/report/index.html"
 echo
 echo "=== summary"
 cat "$summary"
-"$PYTHON" -m bench show "$out"
+if compgen -G "$out/*.jsonl" >/dev/null; then
+    "$PYTHON" -m bench report "$out" --text
+    "$PYTHON" -m bench report "$out" --out "$out/report" --no-readme >"$out/report.log" 2>&1 &&
+        echo "page: $out/report/index.html"
+fi
 ! grep -q FAILED "$summary"

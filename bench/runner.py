@@ -1,6 +1,7 @@
 """Runs a suite: every case by every system, in turn, so that a slow spell of the machine hits all of them."""
 
 import importlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,11 +72,16 @@ class Ceilings:
     def __init__(self, pool: Pool, options: Options):
         self._pool, self._options, self._found = pool, options, {}
 
-    def of(self, dtype: str) -> dict:
+    def of(self, dtype: str) -> dict | None:
+        """None where they cannot be measured: then there are no floors."""
         old = CEILINGS_LAST if self._options.device == "cpu" else float("inf")
         if dtype not in self._found or time.monotonic() - self._found[dtype][0] > old:
-            worker = self._pool.worker("ceilings")
-            found = worker.ask("ceilings", self._options.device, dtype, self._options.window, limit=self._options.limit)
+            arguments = self._options.device, dtype, self._options.window
+            try:
+                found = self._pool.worker("ceilings").ask("ceilings", *arguments, limit=self._options.limit)
+            except Failed as failure:
+                print(f"  no ceilings: {failure}", file=sys.stderr)
+                found = None
             self._found[dtype] = (time.monotonic(), found)
         return self._found[dtype][1]
 
@@ -103,9 +109,14 @@ def _prepare(case, wanted, options, ask) -> tuple[dict[str, dict], list[dict]]:
 
 def _timed(found, case, number, options, pool, ceilings) -> Iterator[dict]:
     def ask(system):
-        return pool.worker(system).ask("prepare", found.__name__, case, system, limit=options.limit)
+        try:
+            return pool.worker(system).ask("prepare", found.__name__, case, system, limit=options.limit)
+        except Failed:
+            pool.drop(system)  # an error on a GPU may spoil all that the process does after it
+            raise
 
-    ready, rows = _prepare(case, systems(found, case, options), options, ask)
+    names = systems(found, case, options)
+    ready, rows = _prepare(case, names, options, ask)
     yield from rows
     times, how = alternate(pool, list(ready), options)
     for system in list(ready):
@@ -115,11 +126,11 @@ def _timed(found, case, number, options, pool, ceilings) -> Iterator[dict]:
     fused = numbers.get(OURS, {}).get("median_ms")
     known = ceilings.of(case["dtype"])
     for system, found_numbers in numbers.items():
-        derived = derive(found, case, found_numbers["median_ms"], known)
+        derived = derive(found, case, found_numbers["median_ms"], known) if known else {}
         if fused:
             derived["fused_is_faster_by"] = found_numbers["median_ms"] / fused
         yield {"system": system, "status": "ok", **ready[system], **found_numbers, **derived, "timed_by": how[system]}
-    for system in ready:
+    for system in names:
         _release(pool, system)
 
 

@@ -41,14 +41,19 @@ class Graph:
     plans, broken, reason = 3, (1,), ""
 
     def __init__(self, **options):
-        self.built, self.executed, self.deselected, self.output = [], [], [], None
+        self.built, self.executed, self.deselected = [], [], []
 
     def tensor(self, name, dim, stride, data_type):
         return Tensor(dim=dim, stride=stride)
 
     def _node(self, compute):
-        self.output = Tensor(compute)
-        return self.output
+        return Tensor(compute)
+
+    def genstats(self, input, compute_data_type):
+        def over(power):
+            return self._node(lambda at: (at(input) ** power).sum((0, 2, 3), keepdim=True))
+
+        return [over(1), over(2)]
 
     def conv_fprop(self, image, weight, padding, stride, dilation):
         groups = image.dim[1] // weight.dim[1]
@@ -95,7 +100,9 @@ class Graph:
         def at(tensor):
             return tensor.compute(at) if tensor.compute else tensor.view(pack[tensor])
 
-        self.output.view(pack[self.output]).copy_(at(self.output))
+        for tensor in pack:
+            if tensor.compute:
+                tensor.view(pack[tensor]).copy_(at(tensor))
 
 
 def module(graph=Graph):

@@ -57,6 +57,13 @@ def test_floor_is_the_larger_of_both_and_sums_over_parts():
     assert (cost.flops, cost.bytes) == (110.0, 40.0)
 
 
+def test_convolution_with_batch_norm_by_hand():
+    forward, backward = (f(DEPTHWISE, "fp32") for f in (floors.conv_bn_act_forward, floors.conv_bn_act_backward))
+    assert forward.bytes == 4 * (3200 + 288 + 800 + 2 * 800)
+    assert backward.bytes == 4 * (5 * 800 + 2 * (3200 + 288 + 800))
+    assert (forward.flops, backward.flops) == (14_400, 28_800)
+
+
 def test_operators_around_the_convolutions_by_hand():
     shape, elements = (2, 8, 3, 5), 240
     assert floors.bn_act_forward(shape, "bf16", residual=False).bytes == 2 * 3 * elements

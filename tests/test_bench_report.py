@@ -216,3 +216,13 @@ def test_nothing_to_report_on(tmp_path, capsys, name):
     assert "no records to report on" in said
     assert name in said
     assert not (tmp_path / "out").exists()
+
+
+def test_text_is_the_section(folder, capsys):
+    assert bench.main(["report", str(folder), "--text"]) == 0
+    assert "fused_resnet" in capsys.readouterr().out
+
+
+def test_readme_of_this_repository_is_what_its_records_say():
+    """Every number of the README is one of a record that is kept beside it."""
+    assert bench.main(["report", "--check"]) == 0

@@ -13,7 +13,8 @@ from networks import batch_norms, largest, seeded
 
 import fused_resnet as fr
 from bench.networks import Layer
-from bench.systems import cudnn, find, onnx_export, peers
+from bench.suites import ops
+from bench.systems import cudnn, cudnn_graphs, find, onnx_export, peers
 from bench.systems.units import without_batch_norm
 from fused_resnet.modules import unit
 from fused_resnet.modules.unit import ACT_FUNCTIONS, unfused
@@ -153,7 +154,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(cudnn, "graphed", lambda call: call)
-    monkeypatch.setattr(cudnn.FusedConvolution, "_seconds", lambda self, x, residual, plan, workspace: 1.0 / (plan + 1))
+    monkeypatch.setattr(cudnn_graphs.Planned, "_seconds", lambda self, given, plan, workspace: 1.0 / (plan + 1))
     return Graph
 
 
@@ -165,10 +166,18 @@ def test_cudnn_graph_is_the_formula(layer, on_cpu):
     assert largest(y, formula(layer, tensors)) < 1e-5
 
 
+def test_cudnn_convolution_with_statistics_is_the_formula(on_cpu):
+    case = {"device": "cpu", "dtype": "fp32", "op": "conv 3x3 8->16 +bn+relu", "shape": [3, 8, 6, 5]}
+    case |= {"channels": 16, "kernel": 3, "direction": "forward", "mode": "statistics"}
+    ready = ops.prepare(case, "cudnn-frontend")
+    assert ready.error <= ready.limit < 1e-5
+    assert ready.call()[0].shape == (3, 16, 6, 5)
+
+
 def test_cudnn_takes_the_fastest_plan_that_builds(on_cpu):
     on_cpu.broken = (2,)
     run = cudnn.FusedConvolution(LAYERS["depthwise"], tensors_of(LAYERS["depthwise"]))
-    assert run.plan == 1
+    assert run.planned.plan == 1
     on_cpu.broken = (0, 1, 2)
     with pytest.raises(RuntimeError, match="no fused kernel for 3x3 depthwise 8 5px in float32: this plan cannot"):
         cudnn.FusedConvolution(LAYERS["depthwise"], tensors_of(LAYERS["depthwise"]))
@@ -179,7 +188,7 @@ def test_cudnn_uses_tf32_only_where_torch_may(allowed, on_cpu, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
     layer = LAYERS["strided relu6"]
     run = cudnn.FusedConvolution(layer, tensors_of(layer))
-    assert bool(run.graph.deselected) is not allowed
+    assert bool(run.planned.graph.deselected) is not allowed
 
 
 def test_cudnn_says_why_a_layer_is_unsupported(on_cpu):
@@ -187,7 +196,7 @@ def test_cudnn_says_why_a_layer_is_unsupported(on_cpu):
     with pytest.raises(RuntimeError, match=r"depthwise 8 5px in float32: engine 2: is_group_conv$"):
         find("cudnn-frontend").layer(LAYERS["depthwise"], tensors_of(LAYERS["depthwise"]))
     with pytest.raises(RuntimeError, match="no cuDNN graph for the activation 'silu'"):
-        cudnn.operation_graph(Layer((1, 1, 1, 1), (1, 1, 1, 1), act="silu"), torch.float32)
+        cudnn_graphs.operation_graph(Layer((1, 1, 1, 1), (1, 1, 1, 1), act="silu"), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "mobilenet_v2", "preact_resnet_cifar"])

@@ -2,9 +2,10 @@
 
     python -m bench report
     python -m bench report records/*.jsonl --out page --no-readme
+    python -m bench report records --text
     python -m bench report --check
 
-A file that is no record is named and left out. --check writes nothing: it says whether the README equals the records.
+A file that is no record is named and left out. --check says whether the README equals the records.
 """
 
 import argparse
@@ -27,12 +28,13 @@ def add_parser(commands) -> None:
     command.add_argument("--readme", default=ROOT / "README.md", help="whose section is written (default: README.md)")
     only = command.add_mutually_exclusive_group()
     only.add_argument("--no-readme", action="store_true", help="leave the README alone")
+    only.add_argument("--text", action="store_true", help="print the section and write nothing")
     only.add_argument("--check", action="store_true", help="write nothing; 1 if the README is not what it would be")
     command.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and the README, or check the README."""
+    """Write the page and the README, or print, or check."""
     from bench.report import page, readme
     from bench.report.records import load
 
@@ -41,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"python -m bench report: {problem}", file=sys.stderr)
     if args.check:
         return readme.check(Path(args.readme), devices)
+    if args.text:
+        print(readme.section(devices))
+        return 0
     path, text = Path(args.readme), None
     if not args.no_readme:
         _, text = readme.rewritten(path, devices)  # before anything is written: it may be no README

@@ -85,9 +85,13 @@ def over(cases: Iterable[Case], value: Callable[[Case], float | None]) -> list[f
 
 
 def of_copy(case: Case) -> float | None:
-    """The part of the measured copy's bytes a second."""
-    reached, copied = case.value(OURS, "gb_per_s"), case.value(OURS, "copy_gb_per_s")
-    return reached / copied if reached and copied else None
+    """The part of the measured copy's bytes a second, where bytes and not arithmetic are the floor."""
+    reached, copied, flops, peak, moved = (
+        case.value(OURS, key) for key in ("gb_per_s", "copy_gb_per_s", "flops", "peak_tflops", "bytes")
+    )
+    if not (reached and copied) or (flops and peak and moved and flops / (peak * 1e12) > moved / (copied * 1e9)):
+        return None
+    return reached / copied
 
 
 @dataclass

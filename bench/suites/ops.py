@@ -1,5 +1,6 @@
 """The operators around the convolutions, forward and forward + backward, in bytes a second beside a measured copy:
-batch norm (+ residual) + ReLU in training, residual + ReLU, depthwise convolution, max pooling.
+batch norm (+ residual) + ReLU in training, residual + ReLU, depthwise convolution, max pooling; and convolution + batch
+norm + ReLU in training, where a convolution may sum its own output.
 """
 
 import torch
@@ -14,40 +15,57 @@ from bench.suites.layers import tensors
 from bench.systems import is_ours
 from bench.systems.eager import EPS
 
-TASKS = {None: "op"}
+TASKS = {None: "op", "statistics": "statistics"}
 MAPS = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
 QUICK_MAPS = ((64, 112), (256, 56), (1024, 14))
 DEPTHWISE = ((32, 112, 1), (96, 112, 2), (144, 56, 1), (192, 28, 1), (384, 14, 1), (576, 14, 2), (960, 7, 1))
 QUICK_DEPTHWISE = ((32, 112, 1), (384, 14, 1))
 KINK_MARGIN = 2.0**-5  # of the largest pre-activation: bf16's eight bits and three roundings
+CONVOLUTIONS = ((64, 64, 3, 56), (256, 64, 1, 56), (256, 256, 3, 14), (256, 1024, 1, 14))  # C, K, R = S, H = W
+QUICK_CONVOLUTIONS = CONVOLUTIONS[:1]
 DIRECTIONS = ("forward", "forward+backward")
 BATCHES = {"cpu": (16,), "cuda": (256,)}
 WINDOWS = {"cpu": 0.15, "cuda": 0.02}
 
 
 def cases(options):
-    maps, depthwise = (QUICK_MAPS, QUICK_DEPTHWISE) if options.quick else (MAPS, DEPTHWISE)
-    problems = [
-        (op, (channels, size, size)) for op in ("bn+add+relu", "bn+relu", "add+relu") for channels, size in maps
-    ]
-    problems += [("max_pool", (64, 112, 112))]
-    problems += [(f"depthwise 3x3{' /2' if stride == 2 else ''}", (c, size, size)) for c, size, stride in depthwise]
     for dtype in options.dtypes:
         for batch in options.batches:
-            for op, plane in problems:
+            for op, plane, more in _problems(options.quick):
                 for direction in DIRECTIONS:
-                    yield {
+                    case = {
                         "device": options.device,
                         "dtype": dtype,
                         "batch": batch,
                         "op": op,
                         "shape": [batch, *plane],
-                        "direction": direction,
                     }
+                    mode = {"mode": "statistics"} if op.startswith("conv") and direction == "forward" else {}
+                    yield {**case, "direction": direction, **more, **mode}
+
+
+def _problems(quick: bool):
+    """Operator, [C, H, W] and what else the case has."""
+    maps, depthwise = (QUICK_MAPS, QUICK_DEPTHWISE) if quick else (MAPS, DEPTHWISE)
+    for op in ("bn+add+relu", "bn+relu", "add+relu"):
+        for channels, size in maps:
+            yield op, (channels, size, size), {}
+    yield "max_pool", (64, 112, 112), {}
+    for channels, size, stride in depthwise:
+        yield f"depthwise 3x3{' /2' if stride == 2 else ''}", (channels, size, size), {}
+    for channels, out, kernel, size in QUICK_CONVOLUTIONS if quick else CONVOLUTIONS:
+        more = {"channels": out, "kernel": kernel}
+        yield f"conv {kernel}x{kernel} {channels}->{out} +bn+relu", (channels, size, size), more
 
 
 def title(case) -> str:
     return f"{case['op']} {case['direction']}  {'x'.join(map(str, case['shape']))} {case['dtype']}"
+
+
+def _convolution(case) -> Layer:
+    """Of a case with batch norm in training."""
+    k, r = case["channels"], case["kernel"]
+    return Layer(tuple(case["shape"]), (k, case["shape"][1], r, r), padding=(r // 2, r // 2))
 
 
 def _depthwise(case) -> Layer:
@@ -59,8 +77,9 @@ def _depthwise(case) -> Layer:
 
 def _inputs(case) -> list[Tensor]:
     dtype, device, shape = case["dtype"], case["device"], case["shape"]
-    if case["op"].startswith("depthwise"):
-        return list(tensors(_depthwise(case), dtype, device)[:4])
+    if case["op"].startswith(("depthwise", "conv")):
+        layer = _depthwise(case) if case["op"].startswith("depthwise") else _convolution(case)
+        return list(tensors(layer, dtype, device)[:4])
     x = image(shape, dtype, device)
     vectors = [(torch.rand(shape[1]) + 0.5).to(device), torch.randn(shape[1]).to(device)]
     residual = image(shape, dtype, device)
@@ -76,8 +95,12 @@ def _ours(case):
     def depthwise(x, weight, scale, shift):
         return fr.ops.conv_scale_act(x, weight, scale, shift, act="relu6", **_depthwise(case).geometry)
 
-    if case["op"].startswith("depthwise"):
-        return depthwise
+    def convolution(x, weight, bn_weight, bn_bias):
+        geometry = _convolution(case).geometry
+        return fr.ops.conv_bn_act(x, weight, bn_weight, bn_bias, None, None, training=True, eps=EPS, **geometry)
+
+    if case["op"].startswith(("depthwise", "conv")):
+        return depthwise if case["op"].startswith("depthwise") else convolution
     pool = lambda x: fr.ops.max_pool2d(x, 3, 2, 1)  # noqa: E731
     return {"add+relu": fr.ops.add_act, "max_pool": pool}.get(case["op"], bn_act)
 
@@ -95,8 +118,11 @@ def _eager(case, act: bool = True):
         y = F.conv2d(x, weight, **_depthwise(case).geometry)
         return relu6(F.batch_norm(y, mean, var, scale, shift, eps=EPS))
 
-    if case["op"].startswith("depthwise"):
-        return depthwise
+    def convolution(x, weight, bn_weight, bn_bias):
+        return bn_act(F.conv2d(x, weight, **_convolution(case).geometry), bn_weight, bn_bias)
+
+    if case["op"].startswith(("depthwise", "conv")):
+        return depthwise if case["op"].startswith("depthwise") else convolution
     pool = lambda x: F.max_pool2d(x, 3, 2, 1)  # noqa: E731
     return {"add+relu": lambda x, r: relu(x + r), "max_pool": pool}.get(case["op"], bn_act)
 
@@ -118,20 +144,30 @@ def _call(function, inputs: list[Tensor], gradient: Tensor | None):
     return lambda: torch.autograd.grad(function(*leaves), leaves, gradient)
 
 
+def _function(case, subject, inputs: list[Tensor]):
+    """What `subject` calls with the inputs."""
+    if is_ours(subject.name):
+        ours = _ours(case)
+
+        def fused(*args):
+            with subject.around():
+                return ours(*args)
+
+        return fused
+    if subject.name == "eager":
+        return _eager(case)
+    run = subject.statistics(_convolution(case), inputs, EPS)
+    return lambda *args: run()
+
+
 def prepare(case, system) -> Ready:
     subject, inputs = system_for(system, case["device"]), _inputs(case)
     backward = case["direction"] == "forward+backward"
-    ours = _ours(case)
-
-    def fused(*args):
-        with subject.around():
-            return ours(*args)
-
     gradient = _gradient(case, inputs) if backward else None
     exact = [t.double() for t in inputs]
     truth = _call(_eager(case), exact, None if gradient is None else gradient.double())()
     errors = {}
-    for name, function in {"eager": _eager(case), system: fused if is_ours(system) else _eager(case)}.items():
+    for name, function in {"eager": _eager(case), system: _function(case, subject, inputs)}.items():
         call = _call(function, inputs, gradient)
         with torch.set_grad_enabled(backward):
             errors[name] = max(relative_error(y, t) for y, t in zip(call(), truth, strict=True))
@@ -144,6 +180,9 @@ def cost(case) -> floors.Cost:
     op, shape, dtype = case["op"], tuple(case["shape"]), case["dtype"]
     if op.startswith("depthwise"):
         forward, backward = floors.conv_forward(_depthwise(case), dtype), floors.conv_backward(_depthwise(case), dtype)
+    elif op.startswith("conv"):
+        forward = floors.conv_bn_act_forward(_convolution(case), dtype)
+        backward = floors.conv_bn_act_backward(_convolution(case), dtype)
     elif op == "max_pool":
         out = (*shape[:2], shape[2] // 2, shape[3] // 2)
         forward = backward = floors.max_pool_forward(shape, out, dtype)

@@ -26,7 +26,7 @@ def values(case, system) -> dict:
     start = time.perf_counter()
     import torch
 
-    from bench.suites.common import image, on_device, set_up, trained_like
+    from bench.suites.common import NETWORK_LIMITS, image, on_device, plain_output, relative_error, set_up, trained_like
     from bench.systems import find
 
     subject, device, dtype = find(system), case["device"], case["dtype"]
@@ -40,10 +40,12 @@ def values(case, system) -> dict:
     inputs = {name: image((n, 3, s, s), dtype, device) for name, (n, s) in shapes.items()}
     if device != "cpu":
         torch.cuda.synchronize()
-    serve = subject.forward(model)
+    serve, outputs = subject.forward(model), {}
     for name, x in inputs.items():
         start = time.perf_counter()
         with torch.inference_mode():
-            (serve(x) if serve else subject.network(model, x)()).cpu()
+            outputs[name] = (serve(x) if serve else subject.network(model, x)()).cpu()
         numbers[name] = time.perf_counter() - start
-    return numbers
+    exact = on_device(plain, "fp32", device)
+    errors = [relative_error(outputs[name], plain_output(exact, x.float()).cpu()) for name, x in inputs.items()]
+    return {**numbers, "error": max(errors), "limit": NETWORK_LIMITS[dtype]}

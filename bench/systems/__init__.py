@@ -8,7 +8,9 @@ that it does:
   takes the plain network: it calls, traces or exports the model under `unfused()`;
 * "layer": `layer(layer, tensors)`, the same for one convolution with scale, shift, residual and activation;
 * "training": `forward(model)` returns what is called in place of `model` in a training step;
-* "op": the suite `ops` knows eager and fused_resnet.
+* "statistics": `statistics(layer, tensors, eps)` returns a call that runs a convolution, batch norm with the statistics
+  of the batch and ReLU on `tensors`, x, weight, and the norm's weight and bias; forward alone;
+* "op": the suite `ops` knows how eager and fused_resnet do it, and "statistics" too.
 """
 
 import importlib

@@ -14,7 +14,7 @@ class Eager(System):
     """The modules of torch, one after the other, channels_last."""
 
     name = "eager"
-    tasks = ("network", "layer", "op", "training")
+    tasks = ("network", "layer", "op", "statistics", "training")
 
     def forward(self, model):
         def run(x):

@@ -11,7 +11,7 @@ class Fused(System):
     """The modules and operators as a user has them; `backend` names one for everything."""
 
     name = "fused_resnet"
-    tasks = ("network", "layer", "op", "training")
+    tasks = ("network", "layer", "op", "statistics", "training")
 
     def __init__(self, backend: str = ""):
         self.backend = backend
