@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -82,7 +83,7 @@ def versions() -> dict:
 def command_line(arguments: list[str]) -> str:
     """The command of a run, without the folder that its records went to."""
     kept = [a for i, a in enumerate(arguments) if a != "--out" and (i == 0 or arguments[i - 1] != "--out")]
-    return " ".join(["python -m bench", *(a for a in kept if not a.startswith("--out="))])
+    return f"python -m bench {shlex.join(a for a in kept if not a.startswith('--out='))}"
 
 
 def environment(device: str) -> dict:

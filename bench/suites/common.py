@@ -17,8 +17,8 @@ from fused_resnet.modules.unit import unfused
 # each), and in bf16 and fp16 (8 and 11 bits).
 NETWORK_LIMITS = {"fp32": 2e-5, "bf16": 3e-2, "fp16": 5e-3}
 
-# The same for a single operator, against fp64: in fp32 a channel's sum over 200,000 pixels is some 450 roundings of 6e-8
-# at random; in bf16 and fp16 the output's own rounding, and those of what it is made of, are far more.
+# The same for a single operator, against fp64: in fp32 a channel's sum over 200,000 pixels is some 450 roundings of
+# 6e-8 at random; in bf16 and fp16 the output's own rounding, and those of what it is made of, are far more.
 OPERATOR_LIMITS = {"fp32": 5e-5, "bf16": 2e-2, "fp16": 2e-3}
 
 FEWEST_CLASSES = 10  # every network has as many: labels are drawn from these
