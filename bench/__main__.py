@@ -16,7 +16,7 @@ import sys
 from bench import compare, report
 from bench.options import UsageError, add_options, options_of, suites_of
 from bench.record import Record
-from bench.runner import SUITES, run, suite
+from bench.runner import SUITES, run, suite, wanted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,11 +43,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def example(args: argparse.Namespace) -> str:
+    """The title of a case that there is."""
+    name = suites_of(args.command)[0]
+    return suite(name).title(next(iter(suite(name).cases(options_of(args, name)))))
+
+
 def measure(args: argparse.Namespace) -> int:
     """Run the suites; 1 where a result of fused_resnet was wrong or missing."""
-    wanted = [(name, options_of(args, name)) for name in suites_of(args.command)]
+    chosen = [(name, options_of(args, name)) for name in suites_of(args.command)]
+    chosen = [(name, options) for name, options in chosen if wanted(suite(name), options)]
+    if not chosen:
+        raise UsageError(f"--only {args.only!r}: no case has it in its title, such as {example(args)!r}")
     bad = 0
-    for name, options in wanted:
+    for name, options in chosen:
         record = Record(args.out, name, options.device, list(options.dtypes))
         rows = run(suite(name), options, record)
         bad += sum(row["status"] in ("wrong", "failed") and row["system"].startswith("fused") for row in rows)

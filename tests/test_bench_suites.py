@@ -83,6 +83,7 @@ def test_kept_for_backward_by_hand():
         (["models", "--device", "tpu"], "--device tpu"),
         (["models", "--device", "cuda:99"], "CUDA devices"),
         (["models", "--backends", "nothing"], "--backends: unknown nothing"),
+        (["layers", "--device", "cpu", "--only", "nothing"], "such as '7x7 /2 3->64 224px  batch 16 fp32'"),
     ],
 )
 def test_what_cannot_be_done_is_bad_usage(arguments, message, capsys):
