@@ -132,7 +132,7 @@ echo "=== summary"
 cat "$summary"
 if compgen -G "$out/*.jsonl" >/dev/null; then
     "$PYTHON" -m bench report "$out" --text
-    "$PYTHON" -m bench report "$out" --out "$out/report" --no-readme >"$out/report.log" 2>&1 &&
+    "$PYTHON" -m bench report "$out" --out "$out/report" >"$out/report.log" 2>&1 &&
         echo "page: $out/report/index.html"
 fi
 ! grep -q FAILED "$summary"

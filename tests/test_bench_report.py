@@ -8,6 +8,7 @@ import pytest
 from bench_records import header, layer, network, pair, timed, write
 
 from bench import __main__ as bench
+from bench.record import ROOT
 from bench.report import records, words
 
 LABELS = ("1x1 64->64 56px", "3x3 64->64 56px", "7x7 /2 3->64 224px")
@@ -74,7 +75,7 @@ class Page(HTMLParser):
 
 
 def page(folder, out):
-    assert bench.main(["report", str(folder), "--out", str(out), "--no-readme"]) == 0
+    assert bench.main(["report", str(folder), "--out", str(out)]) == 0
     text = (out / "index.html").read_text()
     return text, Page(text)
 
@@ -175,7 +176,7 @@ def test_rounding_hides_no_loss(show, value, text):
 
 def test_no_matplotlib(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert bench.main(["report", str(folder), "--out", str(tmp_path / "out"), "--no-readme"]) == 2
+    assert bench.main(["report", str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
@@ -226,3 +227,10 @@ def test_text_is_the_section(folder, capsys):
 def test_readme_of_this_repository_is_what_its_records_say():
     """Every number of the README is one of a record that is kept beside it."""
     assert bench.main(["report", "--check"]) == 0
+
+
+def test_other_records_leave_the_readme_alone(folder, tmp_path):
+    path = ROOT / "README.md"
+    before = path.read_text()
+    assert bench.main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert path.read_text() == before

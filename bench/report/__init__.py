@@ -1,11 +1,12 @@
 """Makes a page with figures of the records, and writes the README's section on speed.
 
     python -m bench report
-    python -m bench report records/*.jsonl --out page --no-readme
+    python -m bench report records --out page
     python -m bench report records --text
     python -m bench report --check
 
-A file that is no record is named and left out. --check says whether the README equals the records.
+The README is written from the records of bench/results; from others only where --readme names it. A file that is no
+record is named and left out. --check says whether the README equals the records.
 """
 
 import argparse
@@ -25,9 +26,8 @@ def add_parser(commands) -> None:
     )
     command.add_argument("paths", nargs="*", help="records, or folders of them (default: bench/results)")
     command.add_argument("--out", default="bench_report", help="folder of the page (default: bench_report)")
-    command.add_argument("--readme", default=ROOT / "README.md", help="whose section is written (default: README.md)")
+    command.add_argument("--readme", metavar="FILE", help="whose section is written or checked (default: README.md)")
     only = command.add_mutually_exclusive_group()
-    only.add_argument("--no-readme", action="store_true", help="leave the README alone")
     only.add_argument("--text", action="store_true", help="print the section and write nothing")
     only.add_argument("--check", action="store_true", help="write nothing; 1 if the README is not what it would be")
     command.set_defaults(run=run)
@@ -41,13 +41,13 @@ def run(args: argparse.Namespace) -> int:
     devices, problems = load(args.paths or [ROOT / "bench" / "results"])
     for problem in problems:
         print(f"python -m bench report: {problem}", file=sys.stderr)
+    path, text = Path(args.readme or ROOT / "README.md"), None
     if args.check:
-        return readme.check(Path(args.readme), devices)
+        return readme.check(path, devices)
     if args.text:
         print(readme.section(devices))
         return 0
-    path, text = Path(args.readme), None
-    if not args.no_readme:
+    if args.readme or not args.paths:
         _, text = readme.rewritten(path, devices)  # before anything is written: it may be no README
     print(page.write(devices, problems, Path(args.out)))
     if text is not None:
