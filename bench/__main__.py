@@ -14,9 +14,10 @@ import signal
 import sys
 
 from bench import compare, report
-from bench.options import UsageError, add_options, options_of, suites_of
+from bench.options import add_options, options_of, suites_of
 from bench.record import Record
 from bench.runner import SUITES, run, suite, wanted
+from fused_resnet.options import UsageError
 
 
 def main(arguments: list[str] | None = None) -> int:

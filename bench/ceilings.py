@@ -2,8 +2,8 @@
 
 import torch
 
-from bench.floors import torch_dtype
 from bench.timing import clock, measure, summary
+from fused_resnet.options import DTYPES
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # several times the caches
 SIDE = {"cpu": 2048, "cuda": 8192}
@@ -23,7 +23,7 @@ def _copy(device: str, window: float) -> float:
 
 def _product(device: str, dtype: str, window: float) -> float:
     side = SIDE[torch.device(device).type]
-    a, b = (torch.randn(side, side, device=device).to(torch_dtype(dtype)) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
     return 2 * side**3 / _best(lambda: a @ b, device, window)
 
 

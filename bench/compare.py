@@ -15,11 +15,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.options import UsageError, add_options, options_of
+from bench.options import add_options, options_of
 from bench.pool import Failed, Pool
 from bench.record import ROOT, git
-from bench.runner import SUITES, suite, wanted
+from bench.runner import SUITES, suite, wanted, wrong
 from bench.systems import OURS
+from bench.timing import percentiles
+from fused_resnet.options import UsageError
 
 SYSTEMS = ("this", "base", "base again")
 SUITES_DEFAULT = ("models", "training", "ops")
@@ -46,12 +48,9 @@ def worktree(commit: str) -> Path:
     Raises:
         UsageError: there is no such commit, or it cannot be checked out.
     """
-    known = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"], cwd=ROOT, capture_output=True, text=True
-    )
-    if known.returncode:
+    sha = git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
+    if sha == "unknown":
         raise UsageError(f"BASE: git knows no commit {commit!r}")
-    sha = known.stdout.strip()
     folder = ROOT / "build" / "compare" / sha[:12]
     built = folder / "build" / ".compared"
     if built.exists():
@@ -103,17 +102,18 @@ def compare(pool: Pool, name: str, case: dict, options) -> dict:
     rounds: dict[str, list[float]] = {system: [] for system in SYSTEMS}
     try:
         for system in SYSTEMS:
-            answer = pool.worker(system).ask("prepare", suite(name).__name__, case, OURS, limit=options.limit)
-            if answer["error"] is not None and answer["error"] > answer["limit"]:
-                raise Failed(f"wrong: error {answer['error']:.2g} is above {answer['limit']:.2g}")
+            answer = pool.ask_worker(system, "prepare", suite(name).__name__, case, OURS, limit=options.limit)
+            if found := wrong(answer):
+                raise Failed(f"wrong: {found}")
         for number in range(options.rounds):
             for system in SYSTEMS[number % 3 :] + SYSTEMS[: number % 3]:
                 answer = pool.running(system).ask("time", options.window, limit=options.limit)
                 rounds[system].append(statistics.median(answer["times"]))
-        for system in SYSTEMS:
-            pool.running(system).ask("release")
     except Failed as failure:
         return {"failed": f"{system}: {failure}"}
+    finally:
+        for worker in SYSTEMS:
+            pool.release(worker)
     return verdict(rounds)
 
 
@@ -135,12 +135,6 @@ def verdict(rounds: dict[str, list[float]]) -> dict:
         "noise": (1 / reach, reach),
         "verdict": word,
     }
-
-
-def percentiles(values: list[float]) -> tuple[float, float]:
-    """The 20th and the 80th."""
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return cuts[0], cuts[3]
 
 
 def line(title: str, row: dict) -> str:

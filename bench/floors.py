@@ -8,11 +8,10 @@ reached is then above 1.
 
 from dataclasses import dataclass
 
-import torch
-
 from bench.networks import Layer, Network, numel
+from fused_resnet.options import DTYPES
 
-ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+ELEMENT = {name: dtype.itemsize for name, dtype in DTYPES.items()}  # bytes
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,3 @@ def add_act_backward(shape: tuple, dtype: str) -> Cost:
 def max_pool_forward(shape: tuple, out: tuple, dtype: str) -> Cost:
     """One map is read and one is written; indices are no part of it."""
     return Cost(((0.0, float(ELEMENT[dtype] * (numel(shape) + numel(out)))),))
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[name]

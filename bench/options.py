@@ -6,16 +6,13 @@ import torch
 
 import fused_resnet as fr
 from bench.runner import SUITES, Options, suite
-from bench.systems import PEERS, peers
+from bench.systems import PEERS
+from fused_resnet.options import UsageError, positive
 
-DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp32")}
+DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp32")}
 ALL_DTYPES = ("fp32", "bf16", "fp16")
 ROUNDS, QUICK_ROUNDS = 3, 2
 QUICK = 0.5  # of the usual window
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message says why."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,14 +32,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder of the records (default: none are written)")
 
 
-def positive(text: str) -> int:
-    """argparse's type of a whole number of 1 or more."""
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return value
-
-
 def wanted_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,7 +39,7 @@ def wanted_device(name: str | None) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type not in DTYPES:
+    if device.type not in DEFAULT_DTYPES:
         raise UsageError(f"--device {name}: expected cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices")
@@ -73,13 +62,10 @@ def options_of(args: argparse.Namespace, name: str) -> Options:
     if unknown:
         raise UsageError(f"--backends: unknown {', '.join(unknown)}")
     window = args.window or getattr(found, "WINDOWS", {}).get(kind, 1.0) * (QUICK if args.quick else 1.0)
-    chosen = args.peers
-    if chosen is None:
-        tasks = set(found.TASKS.values())
-        chosen = getattr(found, "PEERS", None) or [p for p in PEERS if any(p in peers(t, device) for t in tasks)]
+    chosen = getattr(found, "PEERS", PEERS) if args.peers is None else args.peers
     return Options(
         device=device,
-        dtypes=tuple(args.dtype or DTYPES[kind]),
+        dtypes=tuple(args.dtype or DEFAULT_DTYPES[kind]),
         batches=tuple(args.batch or found.BATCHES[kind]),
         models=tuple(models),
         backends=tuple(args.backends),

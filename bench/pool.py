@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.record import ROOT
 
-LEAST_GRACE = 60.0  # seconds beyond those asked for
+ANSWER_LIMIT = 60.0  # seconds that an answer may take where nothing else is said
 
 
 class Failed(Exception):
@@ -39,7 +39,7 @@ class Worker:
     def alive(self) -> bool:
         return self._process.poll() is None and not self._pipe.closed
 
-    def ask(self, request: str, *arguments, limit: float = LEAST_GRACE) -> dict:
+    def ask(self, request: str, *arguments, limit: float = ANSWER_LIMIT) -> dict:
         """Send a request and return its answer.
 
         Raises:
@@ -114,9 +114,30 @@ class Pool:
             raise Failed("the process is gone")
         return found
 
-    def fresh(self, folder: str) -> Worker:
-        """A process of its own, with empty caches."""
-        return Worker(self.environment(folder))
+    def ask_worker(self, name: str, *request, limit: float) -> dict:
+        """`worker(name).ask(*request)`; a process that fails is not used again: an error on a GPU may spoil all that it
+        does after it.
+        """
+        try:
+            return self.worker(name).ask(*request, limit=limit)
+        except Failed:
+            self.drop(name)
+            raise
+
+    def ask_fresh(self, *request, limit: float) -> dict:
+        """The answer of a process of its own, with empty caches."""
+        worker = Worker(self.environment(tempfile.mkdtemp(dir=self._caches.name)))
+        try:
+            return worker.ask(*request, limit=limit)
+        finally:
+            worker.close()
+
+    def release(self, name: str) -> None:
+        """Have the process let go of its case, where there is one."""
+        try:
+            self.running(name).ask("release")
+        except Failed:
+            self.drop(name)
 
     def drop(self, name: str) -> None:
         if name in self._workers:

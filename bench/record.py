@@ -28,10 +28,10 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def git(*arguments: str, folder: Path = ROOT) -> str:
+def git(*arguments: str) -> str:
     """The output of a git command, "unknown" where it fails."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"

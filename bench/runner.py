@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
+from bench.floors import Cost
 from bench.pool import Failed, Pool
 from bench.record import Record
 from bench.systems import OURS, does, find, is_ours, ours
@@ -50,10 +51,11 @@ def run(found: ModuleType, options: Options, record: Record, show: Callable[[str
     rows = []
     with Pool() as pool:
         ceilings = Ceilings(pool, options)
-        for number, case in enumerate(wanted(found, options)):
+        for case in wanted(found, options):
             show(f"\n{found.title(case)}")
-            one = _untimed if getattr(found, "FRESH", False) or not hasattr(found, "prepare") else _timed
-            for row in one(found, case, number, options, pool, ceilings):
+            timed = hasattr(found, "prepare")
+            measured = _timed(found, case, options, pool, ceilings) if timed else _untimed(found, case, options, pool)
+            for row in measured:
                 row = {"suite": found.__name__.rpartition(".")[2], "case": case, **row}
                 record.row(row)
                 rows.append(row)
@@ -78,7 +80,7 @@ class Ceilings:
         if dtype not in self._found or time.monotonic() - self._found[dtype][0] > old:
             arguments = self._options.device, dtype, self._options.window
             try:
-                found = self._pool.worker("ceilings").ask("ceilings", *arguments, limit=self._options.limit)
+                found = self._pool.ask_worker("ceilings", "ceilings", *arguments, limit=self._options.limit)
             except Failed as failure:
                 print(f"  no ceilings: {failure}", file=sys.stderr)
                 found = None
@@ -86,7 +88,13 @@ class Ceilings:
         return self._found[dtype][1]
 
 
-def _prepare(case, wanted, options, ask) -> tuple[dict[str, dict], list[dict]]:
+def wrong(answer: dict) -> str:
+    """Why a result is not to be believed; "": it is right, or its suite compares it with nothing. NaN is wrong."""
+    error = answer.get("error")
+    return "" if error is None or error <= answer["limit"] else f"error {error:.2g} is above {answer['limit']:.2g}"
+
+
+def _prepare(wanted, options, ask) -> tuple[dict[str, dict], list[dict]]:
     """What every system that can be timed said of itself, and the rows of those that cannot."""
     ready, rows = {}, []
     for system in wanted:
@@ -99,24 +107,19 @@ def _prepare(case, wanted, options, ask) -> tuple[dict[str, dict], list[dict]]:
         except Failed as failure:
             rows.append({"system": system, "status": "failed", "reason": str(failure)})
             continue
-        if not (answer.get("error") is None or answer["error"] <= answer["limit"]):
-            reason = f"error {answer['error']:.2g} is above {answer['limit']:.2g}"
+        if reason := wrong(answer):
             rows.append({"system": system, "status": "wrong", "reason": reason, **answer})
             continue
         ready[system] = answer
     return ready, rows
 
 
-def _timed(found, case, number, options, pool, ceilings) -> Iterator[dict]:
+def _timed(found, case, options, pool, ceilings) -> Iterator[dict]:
     def ask(system):
-        try:
-            return pool.worker(system).ask("prepare", found.__name__, case, system, limit=options.limit)
-        except Failed:
-            pool.drop(system)  # an error on a GPU may spoil all that the process does after it
-            raise
+        return pool.ask_worker(system, "prepare", found.__name__, case, system, limit=options.limit)
 
     names = systems(found, case, options)
-    ready, rows = _prepare(case, names, options, ask)
+    ready, rows = _prepare(names, options, ask)
     yield from rows
     times, how = alternate(pool, list(ready), options)
     for system in list(ready):
@@ -124,21 +127,15 @@ def _timed(found, case, number, options, pool, ceilings) -> Iterator[dict]:
             yield {"system": system, "status": "failed", "reason": str(times.pop(system))}
     numbers = {system: summary(seconds) for system, seconds in times.items()}
     fused = numbers.get(OURS, {}).get("median_ms")
-    known = ceilings.of(case["dtype"])
+    known, cost = ceilings.of(case["dtype"]), found.cost(case)
+    images = found.images(case) if hasattr(found, "images") else None
     for system, found_numbers in numbers.items():
-        derived = derive(found, case, found_numbers["median_ms"], known) if known else {}
+        derived = derive(cost, images, found_numbers["median_ms"], known) if known else {}
         if fused:
             derived["fused_is_faster_by"] = found_numbers["median_ms"] / fused
         yield {"system": system, "status": "ok", **ready[system], **found_numbers, **derived, "timed_by": how[system]}
     for system in names:
-        _release(pool, system)
-
-
-def _release(pool: Pool, system: str) -> None:
-    try:
-        pool.running(system).ask("release")
-    except Failed:
-        pool.drop(system)
+        pool.release(system)
 
 
 def alternate(pool: Pool, names: list[str], options: Options) -> tuple[dict, dict]:
@@ -159,9 +156,9 @@ def alternate(pool: Pool, names: list[str], options: Options) -> tuple[dict, dic
     return times, how
 
 
-def derive(found: ModuleType, case: dict, median_ms: float, known: dict) -> dict:
+def derive(cost: Cost, images: int | None, median_ms: float, known: dict) -> dict:
     """Floor, fraction of it, bytes and images a second."""
-    cost, seconds = found.cost(case), median_ms * 1e-3
+    seconds = median_ms * 1e-3
     floor = cost.floor_s(known["peak"], known["bandwidth"])
     numbers = {
         "flops": cost.flops,
@@ -172,24 +169,21 @@ def derive(found: ModuleType, case: dict, median_ms: float, known: dict) -> dict
         "copy_gb_per_s": known["bandwidth"] / 1e9,
         "peak_tflops": known["peak"] / 1e12,
     }
-    if hasattr(found, "images"):
-        numbers["images_per_s"] = found.images(case) / seconds
+    if images is not None:
+        numbers["images_per_s"] = images / seconds
     return numbers
 
 
-def _untimed(found, case, number, options, pool, ceilings) -> Iterator[dict]:
+def _untimed(found, case, options, pool) -> Iterator[dict]:
     """A suite without a clock; each system in a process of its own where the suite asks for it."""
-    fresh = getattr(found, "FRESH", False)
 
     def ask(system):
-        worker = pool.fresh(f"{number}-{system}") if fresh else pool.worker(system)
-        try:
-            return worker.ask("values", found.__name__, case, system, limit=options.limit)
-        finally:
-            if fresh:
-                worker.close()
+        request = "values", found.__name__, case, system
+        if getattr(found, "FRESH", False):
+            return pool.ask_fresh(*request, limit=options.limit)
+        return pool.ask_worker(system, *request, limit=options.limit)
 
-    ready, rows = _prepare(case, systems(found, case, options), options, ask)
+    ready, rows = _prepare(systems(found, case, options), options, ask)
     yield from rows
     for system, answer in ready.items():
         yield {"system": system, "status": "ok", **answer}

@@ -15,13 +15,19 @@ WARM_UP = 3
 BETWEEN_READINGS = 20  # repeats whose events are read together: reading waits for the GPU
 
 
+def percentiles(values: list[float]) -> tuple[float, float]:
+    """The 20th and the 80th."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return cuts[0], cuts[3]
+
+
 def summary(times: list[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile in milliseconds, and the number of measurements."""
-    cuts = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else [times[0]] * 4
+    low, high = percentiles(times)
     return {
         "median_ms": statistics.median(times) * 1e3,
-        "p20_ms": cuts[0] * 1e3,
-        "p80_ms": cuts[3] * 1e3,
+        "p20_ms": low * 1e3,
+        "p80_ms": high * 1e3,
         "count": len(times),
     }
 

@@ -169,6 +169,6 @@ def test_missing_peer_is_named(monkeypatch):
         openvino.importlib.util if hasattr(openvino, "importlib") else sys, "missing", None, raising=False
     )
     monkeypatch.setattr(openvino.OpenVINO, "missing", lambda self, device: "openvino not installed")
-    ready, found = runner._prepare({}, ["openvino"], options(), lambda system: pytest.fail("asked for"))
+    ready, found = runner._prepare(["openvino"], options(), lambda system: pytest.fail("asked for"))
     assert ready == {}
     assert found == [{"system": "openvino", "status": "missing", "reason": "openvino not installed"}]

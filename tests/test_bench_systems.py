@@ -14,7 +14,7 @@ from networks import batch_norms, largest, seeded
 import fused_resnet as fr
 from bench.networks import Layer
 from bench.suites import ops
-from bench.systems import cudnn, cudnn_graphs, find, onnx_export, peers
+from bench.systems import PEERS, cudnn, cudnn_graphs, does, find, onnx_export
 from bench.systems.units import without_batch_norm
 from fused_resnet.modules import unit
 from fused_resnet.modules.unit import ACT_FUNCTIONS, unfused
@@ -78,7 +78,7 @@ def test_missing_cuda_provider(monkeypatch):
 
 
 def test_peers_of_a_gpu():
-    assert {"cudnn-frontend", "eager"} <= set(peers("layer", "cuda:0"))
+    assert {"cudnn-frontend", "eager"} <= {name for name in PEERS if does(name, "layer", "cuda:0")}
 
 
 @pytest.mark.parametrize("name", ["eager", "eager-nchw", "openvino", "onnxruntime", "fused_resnet"])

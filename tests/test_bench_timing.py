@@ -148,7 +148,7 @@ def test_compare_verdict(this, base, again, word):
 
 
 def test_compare_unknown_commit_is_named():
-    from bench.options import UsageError
+    from fused_resnet.options import UsageError
 
     with pytest.raises(UsageError, match="git knows no commit 'no-such-commit'"):
         compare.worktree("no-such-commit")

@@ -5,12 +5,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.options import UsageError
 from bench.record import slug
 from bench.report import bars
 from bench.report.records import Device, grouped
 from bench.report.roofline import roofline
 from bench.report.style import STYLE, VARIABLES
+from fused_resnet.options import UsageError
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,10 @@ from bench.report.style import colour
 from bench.report.tables import Cell, Table
 from bench.report.words import commit, hardware, percent, plural, ratio, short, title
 
+NETWORKS = {
+    "models": ("Inference of whole networks", "Images a second, from the call to the output."),
+    "training": ("Training", "A step: forward, loss, backward, SGD; low precision under autocast."),
+}
 OTHERS = {"memory": "Memory", "startup": "First result", "accuracy": "Accuracy"}
 ABOUT = {
     "memory": "Above what the process had before the network was made; the peak is that of the calls after the first. "
@@ -68,7 +72,8 @@ def write(devices: list[Device], problems: list[str], folder: Path) -> Path:
 
 
 def part(device: Device, figures: dict[str, list[Drawn]]) -> Part:
-    sections = [_models(device), _training(device), _layers(device), _ops(device), *_others(device)]
+    networks = [_speed(device, key, name, about) for key, (name, about) in NETWORKS.items()]
+    sections = [*networks, _layers(device), _ops(device), *_others(device)]
     for section in sections:
         section.figures = figures.get(section.key, [])
     excuses = findings.excuses(device)
@@ -92,19 +97,12 @@ def _compared(cases: list[Case], what: str, name: Callable[[Case], str] = title)
     return says
 
 
-def _models(device: Device) -> Section:
-    cases = device.of("models")
-    section = Section("models", "Inference of whole networks", "Images a second, from the call to the output.")
+def _speed(device: Device, key: str, name: str, about: str) -> Section:
+    """Networks in images a second; inference says how long it took to get ready."""
+    cases = device.of(key)
+    section = Section(key, name, about)
     if cases:
-        section.says, section.tables = _compared(cases, "case"), tables.speed(cases, ready=True)
-    return section
-
-
-def _training(device: Device) -> Section:
-    cases = device.of("training")
-    section = Section("training", "Training", "A step: forward, loss, backward, SGD; low precision under autocast.")
-    if cases:
-        section.says, section.tables = _compared(cases, "case"), tables.speed(cases, ready=False)
+        section.says, section.tables = _compared(cases, "case"), tables.speed(cases, ready=key == "models")
     return section
 
 

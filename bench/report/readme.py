@@ -7,7 +7,6 @@ import textwrap
 from pathlib import Path
 from statistics import median
 
-from bench.options import UsageError
 from bench.report import findings
 from bench.report.records import Case, Device, grouped, systems
 from bench.report.words import (
@@ -25,6 +24,7 @@ from bench.report.words import (
     title,
 )
 from bench.systems import OURS, is_ours
+from fused_resnet.options import UsageError
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 WIDTH = 120

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.options import UsageError
 from bench.record import FORMAT
 from bench.runner import SUITES
 from bench.systems import OURS, PEERS, is_ours, ours
+from fused_resnet.options import UsageError
 
 ORDER = [*PEERS, *ours()]
 STATUSES = ("ok", "missing", "failed", "wrong")

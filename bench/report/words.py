@@ -3,9 +3,8 @@
 import math
 import re
 
+from bench.options import ALL_DTYPES
 from bench.report.records import Case
-
-DTYPES = ("fp32", "bf16", "fp16")
 
 
 def number(value: float | None, unit: str = "") -> str:
@@ -89,7 +88,7 @@ def in_order(cases: list[Case]) -> list[Case]:
 def dtype(case: Case) -> int:
     """Where the case's dtype stands among all."""
     found = case.fields.get("dtype")
-    return DTYPES.index(found) if found in DTYPES else len(DTYPES)
+    return ALL_DTYPES.index(found) if found in ALL_DTYPES else len(ALL_DTYPES)
 
 
 def commit(about: dict) -> str:

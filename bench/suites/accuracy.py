@@ -6,23 +6,17 @@ import torch
 import torch.nn.functional as F
 
 import fused_resnet as fr
-from bench.floors import torch_dtype
 from bench.suites import models
-from bench.suites.common import FEWEST_CLASSES, image, on_device, plain_output, set_up, trained_like
-from bench.systems import find
+from bench.suites.common import FEWEST_CLASSES, image, on_device, plain_output, system_for, trained_like
 from fused_resnet.modules.unit import unfused
+from fused_resnet.options import DTYPES
 
-TASKS = {"inference": "network", "training": "training"}
+TASKS = models.MODE_TASKS
+cases = models.mode_cases
 MODELS = ("resnet18", "resnet50", "mobilenet_v2")
 QUICK_MODELS = ("resnet18",)
 BATCHES = {"cpu": (4,), "cuda": (32,)}
 PEERS = ("eager",)
-
-
-def cases(options):
-    for mode in TASKS:
-        for case in models.cases(options):
-            yield {**case, "mode": mode}
 
 
 def title(case) -> str:
@@ -31,8 +25,8 @@ def title(case) -> str:
 
 def values(case, system) -> dict:
     """`max_error`: the largest over the largest value; `rms_error`: root mean square over that of the truth."""
-    set_up(case["device"])
-    found, truth = (_inference if case["mode"] == "inference" else _gradients)(case, find(system))
+    subject = system_for(system, case["device"])
+    found, truth = (_inference if case["mode"] == "inference" else _gradients)(case, subject)
     found, truth = found.double().cpu(), truth.cpu()
     error = found - truth
     return {
@@ -58,7 +52,7 @@ def _gradients(case, subject):
     target = torch.randint(FEWEST_CLASSES, (case["batch"],)).to(device)
 
     def gradients(network, forward, x):
-        with torch.autocast(x.device.type, torch_dtype(case["dtype"]), enabled=low and x.dtype != torch.float64):
+        with torch.autocast(x.device.type, DTYPES[case["dtype"]], enabled=low and x.dtype != torch.float64):
             y = forward(x)
         y = y if y.dtype == torch.float64 else y.float()
         F.cross_entropy(y, target).backward()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from bench.floors import torch_dtype
 from bench.systems import find
 from fused_resnet.modules.unit import unfused
+from fused_resnet.options import DTYPES
 
 # Largest error over the largest value, against the plain network in fp32: rounding of up to 152 layers in fp32 (6e-8
 # each), and in bf16 and fp16 (8 and 11 bits).
@@ -47,7 +47,7 @@ def set_up(device: str) -> None:
 
 def image(shape, dtype: str, device: str) -> Tensor:
     """Random numbers, channels_last; every system has the same, as its process was seeded."""
-    values = torch.randn(*shape, device=device).to(torch_dtype(dtype))
+    values = torch.randn(*shape, device=device).to(DTYPES[dtype])
     return values.contiguous(memory_format=torch.channels_last)
 
 
@@ -60,7 +60,7 @@ def trained_like(name: str, size: int, **options) -> nn.Module:
 
 
 def on_device(model: nn.Module, dtype: str, device: str) -> nn.Module:
-    return copy.deepcopy(model).to(device, torch_dtype(dtype)).to(memory_format=torch.channels_last)
+    return copy.deepcopy(model).to(device, DTYPES[dtype]).to(memory_format=torch.channels_last)
 
 
 def plain_output(model: nn.Module, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 def operator_limit(eager_error: float, dtype: str) -> float:
     """Twice eager's error and four roundings, and never more than the dtype can explain."""
-    return min(2 * eager_error + 4 * torch.finfo(torch_dtype(dtype)).eps, OPERATOR_LIMITS[dtype])
+    return min(2 * eager_error + 4 * torch.finfo(DTYPES[dtype]).eps, OPERATOR_LIMITS[dtype])
 
 
 def system_for(name: str, device: str):

@@ -6,11 +6,12 @@ measured once.
 import torch
 from torch import Tensor
 
-from bench.floors import conv_forward, torch_dtype
+from bench.floors import conv_forward
 from bench.networks import Layer, distinct_layers
 from bench.suites.common import Ready, image, operator_limit, relative_error, system_for
 from bench.systems import find
 from fused_resnet.modules.unit import ACT_FUNCTIONS
+from fused_resnet.options import DTYPES
 
 TASKS = {None: "layer"}
 MODELS = ("resnet18", "resnet34", "resnet50", "mobilenet_v2")
@@ -39,7 +40,7 @@ def title(case) -> str:
 def tensors(layer: Layer, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """x, weight, scale, shift and residual; outputs are of the size of 1."""
     fan_in = layer.weight[1] * layer.weight[2] * layer.weight[3]
-    weight = (image(layer.weight, "fp32", device) / fan_in**0.5).to(torch_dtype(dtype))
+    weight = (image(layer.weight, "fp32", device) / fan_in**0.5).to(DTYPES[dtype])
     scale, shift = torch.rand(layer.weight[0]) + 0.5, torch.randn(layer.weight[0])
     residual = image(layer.output, dtype, device) if layer.residual else None
     return image(layer.x, dtype, device), weight, scale.to(device), shift.to(device), residual

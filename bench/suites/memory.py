@@ -8,21 +8,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.suites import models, training
-from bench.suites.common import image, on_device, set_up, trained_like
-from bench.systems import find
+from bench.suites.common import image, on_device, system_for, trained_like
 
-TASKS = {"inference": "network", "training": "training"}
+TASKS = models.MODE_TASKS
+cases = models.mode_cases
 MODELS = ("resnet50",)
 QUICK_MODELS = ("resnet18",)
 BATCHES = {"cpu": (16,), "cuda": (256,)}
 FRESH = True  # every row in a process of its own
 REPEATS = 3
-
-
-def cases(options):
-    for mode in TASKS:
-        for case in models.cases(options):
-            yield {**case, "mode": mode}
 
 
 def title(case) -> str:
@@ -110,8 +104,7 @@ def kept_for_backward(call: "training.Step", *, compiled: bool) -> int:
 
 def values(case, system) -> dict:
     """Bytes above what the process had before the network was made; of the first call, and of those after it."""
-    set_up(case["device"])
-    subject, device = find(system), case["device"]
+    subject, device = system_for(system, case["device"]), case["device"]
     memory = CUDAMemory() if torch.device(device).type == "cuda" else CPUMemory()
     memory.reset()
     with contextlib.ExitStack() as stack:

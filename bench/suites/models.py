@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from bench.floors import network_forward, torch_dtype
+from bench.floors import network_forward
 from bench.networks import network
 from bench.suites.common import (
     NETWORK_LIMITS,
@@ -16,6 +16,7 @@ from bench.suites.common import (
     system_for,
     trained_like,
 )
+from fused_resnet.options import DTYPES
 
 TASKS = {None: "network"}
 MODELS = ("resnet18", "resnet34", "resnet50", "mobilenet_v2")
@@ -37,6 +38,16 @@ def cases(options):
                 }
 
 
+# Of suites that look at inference and at training.
+MODE_TASKS = {"inference": "network", "training": "training"}
+
+
+def mode_cases(options):
+    for mode in MODE_TASKS:
+        for case in cases(options):
+            yield {**case, "mode": mode}
+
+
 def title(case) -> str:
     return f"{case['model']} inference  batch {case['batch']} {case['dtype']}"
 
@@ -49,7 +60,7 @@ def prepare(case, system) -> Ready:
     truth = plain_output(on_device(plain, "fp32", device), pixels).cpu()
     # Made outside inference mode: parameters made inside keep no version, and could not be packed once and for all.
     model = on_device(plain, case["dtype"], device)
-    x = pixels.to(torch_dtype(case["dtype"]))
+    x = pixels.to(DTYPES[case["dtype"]])
     start = time.perf_counter()
     with torch.inference_mode():
         call = subject.network(model, x)

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from bench.floors import network_training, torch_dtype
+from bench.floors import network_training
 from bench.networks import network
 from bench.suites.common import FEWEST_CLASSES, Ready, image, system_for
 from bench.suites.models import cases as cases
 from bench.suites.models import images as images
 from bench.systems import find
+from fused_resnet.options import DTYPES
 
 TASKS = {None: "training"}
 MODELS = ("resnet18", "resnet50")
@@ -35,7 +36,7 @@ class Step:
     def __init__(self, model: nn.Module, forward, x: Tensor, target: Tensor, dtype: str):
         self.model, self.forward, self.x, self.target = model, forward, x, target
         self.autocast = dtype != "fp32"
-        self.dtype = torch_dtype(dtype)
+        self.dtype = DTYPES[dtype]
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def loss(self) -> Tensor:

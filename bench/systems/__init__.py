@@ -56,11 +56,6 @@ def find(name: str):
     return system(backend) if backend else system()
 
 
-def peers(task: str, device: str) -> list[str]:
-    """Names of the peers that do `task` on this kind of device, installed or not."""
-    return [name for name in PEERS if does(name, task, device)]
-
-
 def does(name: str, task: str, device: str) -> bool:
     """Whether the system does `task` on this kind of device."""
     system = find(name)

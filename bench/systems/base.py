@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from bench.timing import graphed
+
 
 class System:
     """See `bench.systems`."""
@@ -33,3 +35,13 @@ class System:
     def network(self, model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
         run = self.forward(model)
         return lambda: run(x)
+
+
+class Graphed:
+    """Before a system in the bases of a class: its network, captured in a CUDA graph."""
+
+    devices = ("cuda",)
+    tasks = ("network",)
+
+    def network(self, model, x):
+        return graphed(super().network(model, x))

@@ -3,8 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from bench.systems.base import System
-from bench.timing import graphed
+from bench.systems.base import Graphed, System
 from fused_resnet.modules.unit import plain_activation, unfused
 
 EPS = 1e-5  # a batch norm's usual one
@@ -51,12 +50,7 @@ class EagerNCHW(Eager):
         return super().network(model, x.contiguous())
 
 
-class EagerGraph(Eager):
+class EagerGraph(Graphed, Eager):
     """Eager, captured in a CUDA graph."""
 
     name = "eager-graph"
-    devices = ("cuda",)
-    tasks = ("network",)
-
-    def network(self, model, x):
-        return graphed(super().network(model, x))

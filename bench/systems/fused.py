@@ -3,8 +3,7 @@
 import contextlib
 
 import fused_resnet as fr
-from bench.systems.base import System
-from bench.timing import graphed
+from bench.systems.base import Graphed, System
 
 
 class Fused(System):
@@ -47,15 +46,10 @@ class Fused(System):
         return lambda: fr.ops.conv_scale_act(x, weight, scale, shift, **options)
 
 
-class FusedGraph(Fused):
+class FusedGraph(Graphed, Fused):
     """The same, captured in a CUDA graph."""
 
     name = "fused_resnet-graph"
-    devices = ("cuda",)
-    tasks = ("network",)
-
-    def network(self, model, x):
-        return graphed(super().network(model, x))
 
 
 class FusedLean(Fused):
