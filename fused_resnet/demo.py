@@ -16,10 +16,11 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fused_resnet.files import write_atomically
 from fused_resnet.images import preprocess
 from fused_resnet.models import create_model
 from fused_resnet.modules.unit import unfused
-from fused_resnet.options import UsageError, calibrate, write_atomically
+from fused_resnet.options import UsageError, calibrate
 from fused_resnet.parity import VerifyReport, table
 from fused_resnet.verify import verify
 

@@ -1,10 +1,7 @@
 """What the commands share: options, the error that means bad usage, and small helpers."""
 
 import argparse
-import os
 import pickle
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -68,19 +65,3 @@ def calibrate(model: nn.Module, images: torch.Tensor, batches: int = 3) -> None:
         for _ in range(batches):
             model(images)
     model.eval()
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """The whole file or none: written beside it under another name, then renamed."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fused_resnet.files import write_atomically
 from fused_resnet.images import UnreadableImage, find_images, preprocess, read_image, ten_crop
 from fused_resnet.options import (
     DTYPES,
@@ -21,7 +22,6 @@ from fused_resnet.options import (
     build_model,
     chosen_backend,
     positive,
-    write_atomically,
 )
 from fused_resnet.parity import table
 

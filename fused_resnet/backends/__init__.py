@@ -7,6 +7,7 @@ from fused_resnet.backends.selection import (
     backend_report,
     context_backend,
     select,
+    surroundings,
     use_backend,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "context_backend",
     "empty_cache",
     "select",
+    "surroundings",
     "use_backend",
 ]

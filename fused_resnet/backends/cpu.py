@@ -71,6 +71,16 @@ def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> 
     return "" if onednn_has(x.dtype) else f"oneDNN has no {x.dtype} on this processor"
 
 
+def trusted(problem, device: torch.device) -> bool | None:
+    return True
+
+
+def explain(problem, device: torch.device) -> str:
+    if problem.op != "conv_scale_act":
+        return ""
+    return "csrc/cpu" if engine_takes(problem.dtype, problem) else "oneDNN"
+
+
 @cache
 def _engine_has(dtype: torch.dtype) -> bool:
     return not extension_missing() and torch.ops.fused_resnet_C.conv_supported(dtype.itemsize * 8)
@@ -83,10 +93,10 @@ def engine_takes(dtype: torch.dtype, args) -> bool:
 
 def conv_scale_act(x, weight, scale, shift, residual, args, act):
     x = channels_last(x)
-    return prepare_conv_scale_act(x, weight, scale, shift, args, act)(x, _optional(residual), None)
+    return prepare_conv_scale_act(x, weight, scale, shift, residual, args, act)(x, _optional(residual), None)
 
 
-def prepare_conv_scale_act(x, weight, scale, shift, args, act):
+def prepare_conv_scale_act(x, weight, scale, shift, residual, args, act):
     """Return `run(x, residual, out)` for channels_last inputs like x; `out` is the residual or None."""
     prepare = _prepare_engine if engine_takes(x.dtype, args) else _prepare_onednn
     return prepare(x, weight, scale, shift, args, act)

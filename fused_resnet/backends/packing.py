@@ -6,7 +6,10 @@ optimizer's step, `load_state_dict`, an EMA's `copy_`) and its address, dtype, s
 every `train()` and `eval()`.
 """
 
-from collections.abc import Callable, Hashable
+import contextlib
+import contextvars
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,36 @@ from torch.utils.weak import WeakTensorKeyDictionary
 MOST_FORMS = 4
 
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+# What `holding` collects; None: nobody does.
+_held: contextvars.ContextVar[list | None] = contextvars.ContextVar("fused_resnet_held", default=None)
+
+
+@contextlib.contextmanager
+def holding() -> Iterator[list]:
+    """Collect every derived value that is handed out in the block, on this thread, in the list that it gives.
+
+    For a CUDA graph, which reads their memory after the caches have dropped them.
+    """
+    values: list = []
+    token = _held.set(values)
+    try:
+        yield values
+    finally:
+        _held.reset(token)
+
+
+def hold(value: Any) -> Any:
+    """Return `value`, a derived one, noted for `holding`."""
+    values = _held.get()
+    if values is not None:
+        values.append(value)
+    return value
+
+
+def computed_now(like: Tensor) -> bool:
+    """Whether what is derived beside `like` is computed now, and not by the replays of a graph that is captured."""
+    return not (like.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def version(tensor: Tensor | None) -> tuple:
@@ -34,10 +67,10 @@ def packed(weight: Tensor, form: Hashable, build: Callable[[], Tensor], *derived
     if forms is not None:
         kept = forms.get(form)
         if kept is not None and kept[0] == state:
-            return kept[1]
+            return hold(kept[1])
     with torch.inference_mode(False), torch.no_grad():
         value = build()
-    if not weight.is_inference() and not any(t.is_inference() for t in derived_from):
+    if not weight.is_inference() and not any(t.is_inference() for t in derived_from) and computed_now(weight):
         forms = {name: kept for name, kept in (forms or {}).items() if name != form and kept[0][0] == state[0]}
         while len(forms) >= MOST_FORMS:
             forms.pop(next(iter(forms)))
@@ -45,7 +78,7 @@ def packed(weight: Tensor, form: Hashable, build: Callable[[], Tensor], *derived
         # `.to()`, its address could come back with other contents. The dict is replaced whole, for threads.
         forms[form] = (state, value, derived_from, [t.detach() for t in (weight, *derived_from)])
         _packed[weight] = forms
-    return value
+    return hold(value)
 
 
 def forget(weight: Tensor) -> None:

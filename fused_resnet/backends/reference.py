@@ -19,6 +19,16 @@ def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> 
     return ""
 
 
+def trusted(problem, device: torch.device) -> bool | None:
+    """Whether the backend may be chosen without being asked for; None: that cannot be found out now."""
+    return True
+
+
+def explain(problem, device: torch.device) -> str:
+    """Which kernel runs the problem, for the log; empty: there is but one."""
+    return ""
+
+
 def wide(x: Tensor) -> torch.dtype:
     """The dtype of BN arithmetic: fp32, fp64 for fp64."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -98,7 +108,7 @@ def conv_scale_act(x, weight, scale, shift, residual, args, act):
     return channels_last(act_forward(affine(z, scale, shift, residual), act).to(x.dtype))
 
 
-def prepare_conv_scale_act(x, weight, scale, shift, args, act):
+def prepare_conv_scale_act(x, weight, scale, shift, residual, args, act):
     """None: what is slow here is aten, not the way to it."""
 
 

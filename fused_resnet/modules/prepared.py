@@ -5,15 +5,14 @@ at the same kernel, the same packed weights and the same scale and shift as long
 change is compared at every call.
 """
 
-import os
 import weakref
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from fused_resnet import ops
-from fused_resnet.backends import context_backend
+from fused_resnet.backends import surroundings
+from fused_resnet.backends.packing import hold
 from fused_resnet.modules.batch_norm import folded
 
 # A convolution is kept ready for this many shapes of input.
@@ -44,7 +43,7 @@ def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | 
         return None
     key = (
         x.shape, x.dtype, like_residual, act, conv.stride, conv.padding, conv.dilation, conv.groups,
-        context_backend(), os.environ.get("FUSED_RESNET_BACKEND"), torch._C._get_mkldnn_enabled(),
+        *surroundings(),
     )  # fmt: skip
     kept_state, runs, _ = _prepared.get(conv, (None, {}, None))
     if kept_state != state or len(runs) > MOST_SHAPES:
@@ -55,7 +54,7 @@ def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | 
             x, conv.weight, *folded(bn, conv.bias), residual=residual, act=act,
             stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
         )  # fmt: skip
-    return runs[key]
+    return hold(runs[key])
 
 
 def forget_prepared(conv: nn.Module) -> None:

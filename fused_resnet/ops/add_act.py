@@ -41,7 +41,7 @@ def add_act(x: Tensor, residual: Tensor, *, act: str = "relu", backend: str | No
 def _impl(x, residual, act, backend):
     if x.numel() == 0:
         return _fake(x, residual, act, backend)
-    return select("add_act", backend, x).add_act(x, residual, act)
+    return select("add_act", backend, x, residual=residual, act=act).add_act(x, residual, act)
 
 
 def _fake(x, residual, act, backend):
@@ -69,7 +69,7 @@ def _backward(ctx, grad):
 def _backward_impl(grad, y, x, residual, act, backend):
     if grad.numel() == 0:
         return _backward_fake(grad, y, x, residual, act, backend)
-    return select("add_act", backend, y).add_act_backward(grad, y, x, residual, act)
+    return select("add_act", backend, y, residual=y, act=act).add_act_backward(grad, y, x, residual, act)
 
 
 def _backward_fake(grad, y, x, residual, act, backend):

@@ -222,7 +222,7 @@ def _cast(dtype, x, weight, bias, residual, *rest):
 def _scale_impl(x, scale, shift, residual, act, backend):
     if x.numel() == 0:
         return _scale_fake(x, scale, shift, residual, act, backend)
-    return select("scale_act", backend, x).scale_act(x, scale, shift, residual, act)
+    return select("scale_act", backend, x, residual=residual, act=act).scale_act(x, scale, shift, residual, act)
 
 
 def _scale_fake(x, scale, shift, residual, act, backend):

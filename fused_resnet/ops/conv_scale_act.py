@@ -71,8 +71,8 @@ def prepare_conv_scale_act(x, weight, scale, shift, *, residual, stride, padding
     padded, args = _checked(x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
     if padded is not x or x.numel() == 0:
         return None
-    backend = select("conv_scale_act", "", x, weight, args)
-    return backend.prepare_conv_scale_act(x, weight, scale, shift, args, act)
+    backend = select("conv_scale_act", "", x, weight, args, residual, act)
+    return backend.prepare_conv_scale_act(x, weight, scale, shift, residual, args, act)
 
 
 def _checked(x, weight, scale, shift, residual, stride, padding, dilation, groups, act) -> tuple[Tensor, ConvArgs]:
@@ -92,7 +92,7 @@ def _impl(x, weight, scale, shift, residual, stride, padding, dilation, groups, 
     args = ConvArgs.of(stride, padding, dilation, groups)
     if x.numel() == 0:
         return _fake(x, weight, scale, shift, residual, *args, act, backend)
-    return select("conv_scale_act", backend, x, weight, args).conv_scale_act(
+    return select("conv_scale_act", backend, x, weight, args, residual, act).conv_scale_act(
         x, weight, scale, shift, residual, args, act
     )
 

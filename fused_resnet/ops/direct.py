@@ -9,6 +9,7 @@ def followed() -> bool:
     """Whether somebody follows the operators themselves: autocast, torch.compile, tracers, modes, transforms."""
     return torch.compiler.is_compiling() or (
         torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -18,12 +19,12 @@ def followed() -> bool:
 
 
 def may_call_directly(*tensors: Tensor | None) -> bool:
-    """Whether autograd does not follow either, and the tensors are dense channels_last on the CPU."""
+    """Whether autograd does not follow either, and the tensors are dense channels_last in memory."""
     if torch.is_grad_enabled():
         return False
     for x in tensors:
         if x is not None and not (
-            type(x) is Tensor and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
+            type(x) is Tensor and (x.is_cpu or x.is_cuda) and x.is_contiguous(memory_format=torch.channels_last)
         ):
             return False
     return not followed()

@@ -1,0 +1,69 @@
+"""What a backend is asked to compute, as a value: the key of the selection, of plans and of the kernels' choice."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """One call of an operator, without its tensors.
+
+    `x` is [N, C, H, W]; `weight` is [K, C / groups, R, S], or () for an operator without one.
+    """
+
+    op: str
+    x: tuple[int, ...]
+    dtype: torch.dtype
+    weight: tuple[int, ...] = ()
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    residual: bool = False
+    act: str = "none"
+
+    @classmethod
+    def of(cls, op: str, x: Tensor, weight: Tensor | None, args, residual: Tensor | None, act: str) -> "Problem":
+        """The problem of these tensors; `args` are a convolution's (stride, padding, dilation, groups), or None."""
+        # Pairs, because the dispatcher hands on lists.
+        geometry = () if weight is None else (tuple(weight.shape), *map(tuple, args[:3]), args[3])
+        rest = {"residual": residual is not None, "act": act}
+        return cls(op, tuple(x.shape), x.dtype, *geometry, **rest)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the output, P and Q."""
+        p, q = (
+            (self.x[i + 2] + 2 * self.padding[i] - self.dilation[i] * (self.weight[i + 2] - 1) - 1) // self.stride[i]
+            + 1
+            for i in range(2)
+        )
+        return p, q
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        """The shape of the output, [N, K, P, Q]."""
+        return (self.x[0], self.weight[0], *self.size) if self.weight else self.x
+
+    @property
+    def depthwise(self) -> bool:
+        """One filter a channel."""
+        return bool(self.weight) and self.groups == self.x[1] == self.weight[0] and self.groups > 1
+
+    def __str__(self) -> str:
+        """Such as "conv_scale_act 1x1 256->64 256x56x56 +residual relu bfloat16"; no two problems have the same."""
+        n, c, h, w = self.x
+        parts = [self.op]
+        if self.weight:
+            k, _, r, s = self.weight
+            strided = {(1, 1): "", (2, 2): "/2"}.get(self.stride, f"/{self.stride[0]}x{self.stride[1]}")
+            parts += [f"{r}x{s}{strided}", f"depthwise {c}" if self.depthwise else f"{c}->{k}"]
+            parts += [f"groups {self.groups}"] if self.groups > 1 and not self.depthwise else []
+            parts += [f"padding {self.padding[0]}x{self.padding[1]}"] if self.padding != (r // 2, s // 2) else []
+            parts += [f"dilation {self.dilation[0]}x{self.dilation[1]}"] if self.dilation != (1, 1) else []
+            parts.append(f"{n}x{h}x{w}")
+        else:
+            parts.append(f"{n}x{c}x{h}x{w}")
+        parts += ["+residual"] if self.residual else []
+        return " ".join([*parts, self.act, str(self.dtype).removeprefix("torch.")])

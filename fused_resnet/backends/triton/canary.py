@@ -1,0 +1,172 @@
+"""A kernel earns its place: before it is chosen by itself it runs once, on a tiny problem of integers, on that GPU.
+
+Its result must be the reference's, bit by bit. The verdict is kept on disk, for the GPU's architecture, the versions
+and the sources of the kernels; a kernel that fails is left out, with one warning.
+"""
+
+import hashlib
+import json
+import threading
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+from fused_resnet.backends import reference
+from fused_resnet.backends.problem import Problem
+from fused_resnet.backends.triton import capability, run_launches
+from fused_resnet.backends.triton.launch import Config, Family
+from fused_resnet.files import cache_folder, write_atomically
+
+FORMAT = 1
+EXACT_ACTS = ("none", "relu", "relu6")  # no rounding of their own
+MOST_CHANNELS, MOST_PIXELS = 192, 12
+
+_lock = threading.RLock()
+_verdicts: dict[Path, dict[str, bool]] = {}
+
+
+def verdict(problem: Problem, family: Family, config: Config, device: torch.device) -> bool | None:
+    """Whether the kernel's first run on this architecture was right; None: it was not tried, and cannot be now."""
+    small = tiny(problem)
+    key = f"{small} {config}"
+    with _lock:
+        path = _path(device)
+        known = _verdicts.get(path)
+        if known is None:
+            known = _verdicts[path] = _read(path)
+        if key not in known:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return None
+            right, reason = _try(small, family, config, device)
+            if right is None:
+                return None
+            if not right:
+                warnings.warn(
+                    f"kernel {config} failed its first run on {small} and is left out: {reason}", stacklevel=2
+                )
+            known[key] = right
+            _write(path, key, right)
+        return known[key]
+
+
+def tiny(problem: Problem) -> Problem:
+    """A small problem of the same kind: the same window, strides, alignment and parity of sizes."""
+    n, c, h, w = problem.x
+    if not problem.weight:
+        return problem._replace(x=(min(n, 3), min(c, MOST_CHANNELS), min(h, 5), min(w, 7)), act=_exact(problem.act))
+    k, group_c, r, s = problem.weight
+    groups = min(problem.groups, max(MOST_CHANNELS // max(group_c, k // problem.groups), 1))
+    k, group_c = (_fewer(k), _fewer(group_c)) if groups == 1 else (k // problem.groups * groups, group_c)
+    size = [
+        min(have, max(MOST_PIXELS, problem.dilation[i] * (window - 1) + 1) + have % 2)
+        for i, (have, window) in enumerate(((h, r), (w, s)))
+    ]
+    x = (min(n, 3), group_c * groups, *size)
+    return problem._replace(x=x, weight=(k, group_c, r, s), groups=groups, act=_exact(problem.act))
+
+
+def _exact(act: str) -> str:
+    return act if act in EXACT_ACTS else "relu"
+
+
+def _fewer(channels: int) -> int:
+    """No more channels than it takes to see several steps, where the rest is but more of them."""
+    return MOST_CHANNELS if channels > MOST_CHANNELS and channels % 64 == 0 else channels
+
+
+def _try(problem: Problem, family: Family, config: Config, device: torch.device) -> tuple[bool | None, str]:
+    try:
+        expected, out = run(problem, family, config, device)
+    except torch.OutOfMemoryError:
+        return None, ""
+    except Exception as error:  # the compiler's, the driver's: whatever it is, the kernel does not run here
+        return False, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    wrong = int((out != expected).sum())
+    return wrong == 0, f"{wrong} of {out.numel()} values are wrong" if wrong else ""
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def run(problem: Problem, family: Family, config: Config, device: torch.device):
+    """What the problem with integers for values must give, and what the kernel gives; both on the CPU."""
+    tensors = integers(problem)
+    x, weight, scale, shift, residual = (None if t is None else t.double() for t in tensors)
+    if problem.weight:
+        pre = reference.convolution(x, weight, None, problem)
+        expected = reference.act_forward(reference.affine(pre, scale, shift, residual), problem.act)
+    elif problem.op == "add_act":
+        expected = reference.add_act(x, residual, problem.act)
+    else:
+        expected = reference.scale_act(x, scale, shift, residual, problem.act)
+    x, weight, scale, shift, residual = (None if t is None else t.to(device) for t in tensors)
+    weights = None if weight is None else family.pack(weight, problem, config)
+    out = torch.full(problem.output, float("nan"), dtype=problem.dtype, device=device)
+    out = out.contiguous(memory_format=torch.channels_last)
+    residual = None if residual is None else reference.channels_last(residual)
+    x = reference.channels_last(x)
+    run_launches(family.launches(problem, config, x, weights, scale, shift, residual, out), device)
+    return expected.to(problem.dtype), out.cpu()
+
+
+def integers(problem: Problem) -> tuple:
+    """x, weight, scale, shift and residual, or None, of whole numbers (scale: powers of two) that no sum rounds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(size, most, dtype=problem.dtype):
+        return torch.randint(-most, most + 1, size, generator=generator).to(dtype)
+
+    k = problem.output[1]
+    vectors = (
+        (None, None)
+        if problem.op == "add_act"
+        else (2.0 ** whole((k,), 1, torch.float32), whole((k,), 4, torch.float32))
+    )
+    return (
+        whole(problem.x, 1),
+        whole(problem.weight, 1) if problem.weight else None,
+        *vectors,
+        whole(problem.output, 4) if problem.residual else None,
+    )
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _sources() -> str:
+    """A digest of the kernels' sources."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+@cache
+def _path(device: torch.device) -> Path:
+    arch = "sm_{}{}".format(*capability(device)) if device.type == "cuda" else "interpreter"
+    return cache_folder() / f"verdicts-{arch}-triton{triton.__version__}-torch{torch.__version__}-{_sources()}.json"
+
+
+def _read(path: Path) -> dict[str, bool]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT or not all(type(value) is bool for value in found["verdicts"].values()):
+            raise ValueError("another format")
+        return found["verdicts"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"{path} is broken and is ignored: {error!r}", stacklevel=2)
+        return {}
+
+
+def _write(path: Path, key: str, right: bool) -> None:
+    """With what other processes have found since; a folder that cannot be written costs the next run the trial."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings(action="ignore"):
+            verdicts = {**_read(path), key: right}
+        write_atomically(path, json.dumps({"format": FORMAT, "verdicts": verdicts}, indent=1, sort_keys=True) + "\n")
+    except OSError:
+        pass

@@ -1,0 +1,110 @@
+"""Kernels compiled ahead of time, without a GPU: what the compiler made of a launch."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_resnet.backends.triton.launch import SHARED_MEMORY, Launch
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+
+
+class Compiled(NamedTuple):
+    """Registers a thread, bytes a block, and instructions of the whole kernel."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    wgmma: int
+    mma: int
+    tma: int
+    cp_async: int
+    wide_loads: int  # of 16 bytes, from global memory
+
+    def fits(self, capability: tuple[int, int]) -> bool:
+        """Whether a block fits the device, with all in registers."""
+        return self.spill_bytes == 0 and self.shared_bytes <= shared_memory(capability)
+
+
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may take; of an unknown device, what the nearest older one has."""
+    known = [c for c in SHARED_MEMORY if c <= capability]
+    return SHARED_MEMORY[max(known)] if known else 48 << 10
+
+
+def _type(value) -> str:
+    if isinstance(value, TensorDescriptor):
+        block = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{_type(value.base)[1:]}[{block}]>"
+    if isinstance(value, Tensor):
+        return f"*{NAMES[str(value.dtype).removeprefix('torch.')]}"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if abs(value) < 1 << 31 else "i64"
+
+
+def _signature(launch: Launch) -> tuple[dict, dict, dict]:
+    """As a launch specialises them: types, constants (an argument of 1 may be one), and what is a multiple of 16."""
+    constants, types, attributes = dict(launch.constants), {}, {}
+    for index, (parameter, value) in enumerate(zip(launch.kernel.params, launch.args, strict=False)):
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if value is None or (special and value == 1):
+            constants[parameter.name] = value
+            continue
+        types[parameter.name] = _type(value)
+        if isinstance(value, Tensor) or (special and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return {name: types.get(name, "constexpr") for name in launch.kernel.arg_names}, constants, attributes
+
+
+def compile_launch(launch: Launch, capability: tuple[int, int]) -> Compiled:
+    """Compile the kernel of `launch`, whose tensors may be on the meta device, for a compute capability.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, so that there is nothing to compile.
+    """
+    if not hasattr(launch.kernel, "cache_key"):
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, and cannot be compiled")
+    types, constants, attributes = _signature(launch)
+    source = ASTSource(launch.kernel, signature=types, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return _inspect(triton.compile(source, target=target, options=options))
+
+
+def _inspect(kernel) -> Compiled:
+    usage, sass = (_cuobjdump(option, kernel.asm["cubin"]) for option in ("-res-usage", "--dump-sass"))
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, sass))
+
+    return Compiled(
+        registers=int(found[1]),
+        # The stack, where anything goes there: ptxas also reserves some that no instruction uses.
+        spill_bytes=int(found[2]) + int(found[3]) if count(r"\b(?:LDL|STL)\b") else 0,
+        shared_bytes=kernel.metadata.shared,
+        wgmma=count(r"\bHGMMA\b|\bUTC\w*MMA\b"),
+        mma=count(r"\bHMMA\b"),
+        tma=count(r"\bUTMALDG\b|\bUTMASTG\b"),
+        cp_async=count(r"\bLDGSTS\b"),
+        wide_loads=count(r"\bLDG\S*\.128\b"),
+    )
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,43 @@
+"""What the kernels share: products, activations, and the numbers of pixels."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# Triton's interpreter multiplies the bit patterns of bf16 (3.6 and 3.7): there operands are widened first, which
+# changes no product.
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b + acc, in fp32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def activate(y, ACT: tl.constexpr):
+    """The activation, in fp32; NaN stays NaN."""
+    if ACT == "relu":
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "relu6":
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = tl.minimum(y, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "hardswish":
+        gate = tl.maximum(y + 3.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        gate = tl.minimum(gate, 6.0, propagate_nan=tl.PropagateNan.ALL)
+        y = y * gate / 6.0
+    elif ACT == "silu":
+        y = y / (1.0 + tl.exp(-y))
+    return y
+
+
+@triton.jit
+def pixel_numbers(tile, WIDE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The numbers of a tile's pixels, [BLOCK_M]: in 64 bits, which divide slowly, only where they leave 32."""
+    if WIDE:
+        return tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return tile * BLOCK_M + tl.arange(0, BLOCK_M)

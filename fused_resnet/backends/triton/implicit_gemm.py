@@ -1,0 +1,178 @@
+"""Convolution with any window as an implicit matrix product over TMA tiles: 3x3, 1x1 with stride 2, dilated ones.
+
+The weight is the first operand and the image the second one: so a rank-4 or rank-5 tile of the image goes from shared
+memory straight into the tensor cores. Coordinates outside of the image read zeros, which is the padding. A stride of 2
+is a view [N, H/2, 2, W/2, 2C] of the image, of which a tap reads one parity of rows and of columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_resnet.backends.triton.epilogue import activate, dot
+from fused_resnet.backends.triton.launch import (
+    Config,
+    Family,
+    Launch,
+    aligned,
+    cdiv,
+    is_wide,
+    nhwc,
+    pixels,
+    precision,
+    rows,
+    tensor_cores,
+)
+
+NAME = "implicit_gemm"
+# Pixels and output channels of a tile, input channels of a step. How the pixels lie is `tile_shape`'s.
+BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+
+CONFIGS = (
+    Config(NAME, (128, 128, 64), 8, 3),
+    Config(NAME, (256, 128, 64), 8, 3),
+    Config(NAME, (128, 64, 64), 4, 3),
+    Config(NAME, (128, 64, 64), 4, 4),
+    Config(NAME, (256, 64, 64), 8, 3),
+    Config(NAME, (64, 128, 64), 4, 4),
+    Config(NAME, (64, 64, 64), 4, 4),
+    Config(NAME, (128, 64, 32), 4, 4),
+    Config(NAME, (128, 64, 16), 4, 4),
+)
+
+
+@triton.jit(do_not_specialize=["tiles_p", "tiles_q"])
+def implicit_gemm_fwd_kernel(
+    x_desc, w_desc, residual_desc, y_desc, scale_ptr, shift_ptr, K, tiles_p, tiles_q,
+    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[i, p, q, k] = act(sum_rsc x[i, p*STRIDE+r*DIL_H-PAD_H, q*STRIDE+s*DIL_W-PAD_W, c] w[k, r, s, c] * scale[k]
+    + shift[k] + residual[i, p, q, k]).
+
+    One tile of BLOCK_I images, BLOCK_P rows and BLOCK_Q columns by BLOCK_N channels a program; fp32 accumulation.
+    """
+    BLOCK_M: tl.constexpr = BLOCK_I * BLOCK_P * BLOCK_Q
+    CHANNEL_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    pid = tl.program_id(0)
+    n = (pid % tiles_n) * BLOCK_N
+    tile = pid // tiles_n
+    i = (tile // (tiles_p * tiles_q)) * BLOCK_I
+    p = (tile // tiles_q % tiles_p) * BLOCK_P
+    q = (tile % tiles_q) * BLOCK_Q
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(0, R * S * CHANNEL_STEPS):
+        tap = step // CHANNEL_STEPS
+        c = (step % CHANNEL_STEPS) * BLOCK_K
+        h = (tap // S) * DIL_H - PAD_H
+        w = (tap % S) * DIL_W - PAD_W
+        if STRIDE == 2:
+            x = x_desc.load([i, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * C + c])
+        else:
+            x = x_desc.load([i, p + h, q + w, c])
+        x = x.reshape(BLOCK_M, BLOCK_K)
+        acc = dot(w_desc.load([n, step * BLOCK_K]), x.T, acc, PRECISION)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    scale = tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)
+    shift = tl.load(shift_ptr + offs_n, mask=offs_n < K, other=0.0)
+    y = acc * scale[:, None] + shift[:, None]  # [BLOCK_N, BLOCK_M]
+    if HAS_RESIDUAL:
+        y += residual_desc.load([i, p, q, n]).reshape(BLOCK_M, BLOCK_N).T.to(tl.float32)
+    y = activate(y, ACT).to(y_desc.dtype)
+    y_desc.store([i, p, q, n], y.T.reshape(BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N))
+
+
+def unsupported(problem, capability) -> str:
+    _, c, h, w = problem.x
+    if problem.groups != 1 or problem.stride not in ((1, 1), (2, 2)):
+        return "it takes one group and a stride of 1 or 2"
+    if not aligned(problem, c, problem.weight[0]):
+        return "its channels are not multiples of 16 bytes"
+    if problem.stride == (2, 2) and (h % 2 or w % 2):
+        return "stride 2 needs an even height and width"
+    if problem.stride == (2, 2) and c % 16:
+        return "stride 2 needs channels in multiples of 16"
+    if not tensor_cores(problem):
+        return "fp32 without TF32 has no tensor cores"
+    if is_wide(max(pixels(problem.x), pixels(problem.output))):
+        return "more than 2^31 pixels"
+    return "" if capability >= (9, 0) else "it needs TMA, of compute capability 9.0"
+
+
+def block_k(problem, config) -> int:
+    return config.blocks[2] * 2 // problem.dtype.itemsize
+
+
+def _fits(problem, config) -> bool:
+    """With stride 2 the channels of both parities of a row lie side by side, so that no step may reach over."""
+    step, c = block_k(problem, config), problem.x[1]
+    if problem.stride == (2, 2) and c % step:
+        return False
+    return step == 16 or (step > 16 and step < 2 * c)  # tl.dot takes no fewer than 16
+
+
+def configs(problem, capability) -> list[Config]:
+    """Tiles of 128 pixels, or 64 where those do not fill the GPU; as many channels as the output has."""
+    k, m = problem.weight[0], pixels(problem.output)
+    few = cdiv(m, 128) * cdiv(k, 128) < 132  # SMs of an H200
+    fit = [c for c in CONFIGS if _fits(problem, c) and c.blocks[1] < 2 * max(k, 64)]
+    wanted_n, wanted_m = (64 if few or k <= 64 else 128), (64 if few else 128)
+    return sorted(fit, key=lambda c: (-c.blocks[2], abs(c.blocks[1] - wanted_n), abs(c.blocks[0] - wanted_m)))
+
+
+def tile_shape(n: int, p: int, q: int, block_m: int) -> tuple[int, int, int]:
+    """Images, rows and columns of a tile of `block_m` pixels with the least waste; of equals, the squarest.
+
+    A square reads fewest pixels beyond its edges, and those are in L1 and L2; tiles over several images waste nothing
+    on small maps of large batches.
+    """
+
+    def cost(shape):
+        i, rows, columns = shape
+        computed = cdiv(n, i) * i * cdiv(p, rows) * rows * cdiv(q, columns) * columns
+        return computed, (rows + 2) * (columns + 2) / (rows * columns)
+
+    powers = [1 << e for e in range(block_m.bit_length())]
+    shapes = [(block_m // (r * s), r, s) for r in powers for s in powers if r * s <= block_m]
+    return min((s for s in shapes if max(s) <= 256), key=cost)  # TMA takes no more than 256 of a dimension
+
+
+def pack(weight, problem, config) -> torch.Tensor:
+    """[K, R * S * C] with the channels of each tap filled up with zeros to whole steps."""
+    k, c, r, s = problem.weight
+    step = block_k(problem, config)
+    packed = weight.new_zeros((k, r, s, cdiv(c, step) * step), dtype=problem.dtype)
+    packed[..., :c] = weight.detach().permute(0, 2, 3, 1)
+    return packed.reshape(k, -1)
+
+
+def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[Launch, ...]:
+    block_m, block_n, _ = config.blocks
+    step, (n, c, h, w), k, (p, q) = block_k(problem, config), problem.x, problem.weight[0], problem.size
+    tile = tile_shape(n, p, q, block_m)
+    if problem.stride == (2, 2):
+        strides = [h * w * c, 2 * w * c, w * c, 2 * c, 1]
+        block = [tile[0], tile[1], 1, tile[2], step]
+        x_desc = TensorDescriptor(x, [n, h // 2, 2, w // 2, 2 * c], strides, block)
+    else:
+        x_desc = nhwc(x, *tile, step)
+    tiles = cdiv(n, tile[0]), cdiv(p, tile[1]), cdiv(q, tile[2])
+    y_desc = nhwc(out, *tile, block_n)
+    residual_desc = y_desc if residual is None else nhwc(residual, *tile, block_n)
+    args = (x_desc, rows(weights, block_n, step), residual_desc, y_desc, scale, shift, k, tiles[1], tiles[2])
+    constants = {
+        "C": c, "R": problem.weight[2], "S": problem.weight[3], "STRIDE": problem.stride[0],
+        "PAD_H": problem.padding[0], "PAD_W": problem.padding[1],
+        "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "BLOCK_I": tile[0], "BLOCK_P": tile[1], "BLOCK_Q": tile[2], "BLOCK_N": block_n, "BLOCK_K": step,
+        "HAS_RESIDUAL": residual is not None, "ACT": problem.act, "PRECISION": precision(problem),
+    }  # fmt: skip
+    grid = tiles[0] * tiles[1] * tiles[2] * cdiv(k, block_n)
+    return (Launch(implicit_gemm_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages),)
+
+
+FAMILY = Family(NAME, unsupported, configs, pack, launches)

@@ -1,0 +1,124 @@
+"""A kernel's configuration, and one launch of it as a value: it runs, and it is compiled without a GPU."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_resnet.backends.plan import tf32
+
+# Shared memory a block may take, and registers a thread: what a configuration has to fit.
+SHARED_MEMORY = {
+    (8, 0): 163 << 10,
+    (8, 6): 99 << 10,
+    (8, 9): 99 << 10,
+    (9, 0): 227 << 10,
+    (10, 0): 227 << 10,
+    (12, 0): 99 << 10,
+}
+
+
+class Config(NamedTuple):
+    """One way to run a kernel: the sizes of its tile in the order of its family's `BLOCKS`, warps and stages."""
+
+    family: str
+    blocks: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return f"{self.family} {'x'.join(map(str, self.blocks))} w{self.num_warps} s{self.num_stages}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Config":
+        """The configuration that `str` wrote.
+
+        Raises:
+            ValueError: another text.
+        """
+        try:
+            family, blocks, warps, stages = text.split()
+            numbers = tuple(map(int, blocks.split("x"))), int(warps.removeprefix("w")), int(stages.removeprefix("s"))
+        except ValueError:
+            raise ValueError(f"not a kernel's configuration: {text!r}") from None
+        return cls(family, *numbers)
+
+
+class Launch(NamedTuple):
+    """A kernel with everything that it is launched with. `args` are in the kernel's order, before its constants."""
+
+    kernel: Any
+    grid: int
+    args: tuple
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        self.kernel[(self.grid,)](*self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+class Family(NamedTuple):
+    """What a file of kernels offers the selection.
+
+    unsupported(problem, capability): why it cannot run the problem; "": it can.
+    configs(problem, capability): the configurations that fit, the likeliest first.
+    pack(weight, problem, config): the weight as the kernel reads it.
+    launches(problem, config, x, weights, scale, shift, residual, out): the launches, in order, of channels_last
+        tensors that are not empty; `out` may be the residual.
+    """
+
+    name: str
+    unsupported: Callable
+    configs: Callable
+    pack: Callable
+    launches: Callable
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(value: int, least: int, most: int) -> int:
+    """The smallest power of two that is at least `value`, within bounds that are powers of two."""
+    return min(max(1 << max(value - 1, 0).bit_length(), least), most)
+
+
+def aligned(problem, *channels: int) -> bool:
+    """Whether rows of so many channels can be read by TMA, whose strides are multiples of 16 bytes."""
+    return all(c * problem.dtype.itemsize % 16 == 0 for c in channels)
+
+
+def nhwc(x: Tensor, *block: int) -> TensorDescriptor:
+    """A channels_last tensor as [N, H, W, C], read in tiles of `block`."""
+    n, c, h, w = x.shape
+    return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], list(block))
+
+
+def rows(x: Tensor, *block: int) -> TensorDescriptor:
+    """A dense tensor as [rows, C], C being its last dimension (of a channels_last image: its channels)."""
+    c = x.shape[1] if x.dim() == 4 else x.shape[-1]
+    return TensorDescriptor(x, [x.numel() // c, c], [c, 1], list(block))
+
+
+def precision(problem) -> str:
+    """How `tl.dot` multiplies; without a meaning for 16-bit inputs."""
+    return "tf32" if problem.dtype == torch.float32 and tf32() else "ieee"
+
+
+def tensor_cores(problem) -> bool:
+    """Whether the products may be taken by tensor cores: 16-bit, or fp32 where TF32 is allowed."""
+    return problem.dtype != torch.float32 or tf32()
+
+
+def is_wide(count: int) -> bool:
+    """Whether indices up to `count`, plus a tile, leave 32 bits."""
+    return count + (1 << 16) >= 1 << 31
+
+
+def pixels(shape) -> int:
+    """N * H * W of [N, C, H, W]."""
+    return shape[0] * math.prod(shape[2:])

@@ -1,0 +1,31 @@
+"""The families of kernels, and which of them runs a problem in which configuration: a pure function of the problem."""
+
+from fused_resnet.backends.problem import Problem
+from fused_resnet.backends.triton import conv1x1, elementwise, general, implicit_gemm
+from fused_resnet.backends.triton.launch import Config, Family
+
+# Those of one operator in the order in which they are asked: the special before the general.
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "conv_scale_act": (
+        conv1x1.FAMILY,
+        implicit_gemm.FAMILY,
+        general.FAMILY,
+    ),
+    "scale_act": (elementwise.SCALE_ACT,),
+    "add_act": (elementwise.ADD_ACT,),
+}
+
+
+def candidates(problem: Problem, capability: tuple[int, int]) -> list[tuple[Family, Config]]:
+    """Every kernel that can run the problem, the likeliest first."""
+    return [
+        (family, config)
+        for family in FAMILIES[problem.op]
+        if not family.unsupported(problem, capability)
+        for config in family.configs(problem, capability)
+    ]
+
+
+def heuristic(problem: Problem, capability: tuple[int, int]) -> tuple[Family, Config]:
+    """The kernel for a problem that was not measured."""
+    return candidates(problem, capability)[0]

@@ -1,0 +1,29 @@
+"""Files that are whole or not there, and the folder for what is kept from run to run."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """The whole file or none: written beside it under another name, then renamed."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def cache_folder() -> Path:
+    """FUSED_RESNET_CACHE, else `fused_resnet` in XDG_CACHE_HOME, else in ~/.cache; it may not exist yet."""
+    own = os.environ.get("FUSED_RESNET_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_resnet"
