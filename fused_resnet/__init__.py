@@ -3,6 +3,7 @@
 from fused_resnet import ops
 from fused_resnet._version import __version__
 from fused_resnet.backends import available_backends, empty_cache, use_backend
+from fused_resnet.graphs import GraphedModel, graph
 from fused_resnet.models import (
     CIFARResNet,
     MobileNetV1,
@@ -54,11 +55,13 @@ __all__ = [
     "Bottleneck",
     "ConvBNAct2d",
     "DepthwiseSeparableConv2d",
+    "GraphedModel",
     "VerifyReport",
     "__version__",
     "available_backends",
     "empty_cache",
     "freeze_batch_norm",
+    "graph",
     "ops",
     "use_backend",
     "verify",

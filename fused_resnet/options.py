@@ -16,13 +16,14 @@ class UsageError(Exception):
     """What the user asked for cannot be done; the message says why."""
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, *, backend: bool = True) -> None:
     """Options that say which network runs, and how."""
     parser.add_argument("--model", default="resnet50", help="a network's name (default: resnet50)")
     parser.add_argument("--weights", help="a .pth or .safetensors file, or a name that torchvision knows")
     parser.add_argument("--num-classes", type=positive, help="classes, where they are not the model's own")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--backend", help="a backend's name (default: the automatic choice)")
+    if backend:
+        parser.add_argument("--backend", help="a backend's name (default: the automatic choice)")
     parser.add_argument("--json", action="store_true", help="JSON on stdout")
 
 

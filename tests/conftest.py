@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import torch
 # Without a GPU Triton's kernels run in its interpreter, which has to be asked for before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# No plan and no verdict of the user's is read or written.
+_CACHE = tempfile.TemporaryDirectory(prefix="fused_resnet_tests")
+os.environ["FUSED_RESNET_CACHE"] = _CACHE.name
 
 # Matrix products on a GPU are refused under use_deterministic_algorithms without it; cuBLAS reads it at its first use.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

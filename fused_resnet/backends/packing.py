@@ -2,12 +2,13 @@
 
 A weight is recognised by its identity, its version counter (every in-place change through PyTorch raises it: an
 optimizer's step, `load_state_dict`, an EMA's `copy_`) and its address, dtype, shape and strides (`.to()`,
-`.data = ...`). The one change that PyTorch does not count is writing through `.data`: modules drop what they derived at
-every `train()` and `eval()`.
+`.data = ...`). PyTorch does not count what is written through `.data`, by an optimizer with `fused=True`, or by the
+replay of a CUDA graph: modules drop what they derived at every `train()` and `eval()`.
 """
 
 import contextlib
 import contextvars
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -20,30 +21,46 @@ MOST_FORMS = 4
 
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-# What `holding` collects; None: nobody does.
-_held: contextvars.ContextVar[list | None] = contextvars.ContextVar("fused_resnet_held", default=None)
+
+class Held:
+    """Derived values that are used for longer than the caches keep them, as a CUDA graph reads their memory."""
+
+    def __init__(self):
+        self.values: list = []
+        self.owners: dict[int, Any] = {}  # what they were derived from, by id
+        self.forgotten = False  # whether the caches were told to forget one since
+
+
+_holding: contextvars.ContextVar[Held | None] = contextvars.ContextVar("fused_resnet_holding", default=None)
+_all_held: weakref.WeakSet[Held] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def holding() -> Iterator[list]:
-    """Collect every derived value that is handed out in the block, on this thread, in the list that it gives.
-
-    For a CUDA graph, which reads their memory after the caches have dropped them.
-    """
-    values: list = []
-    token = _held.set(values)
+def holding() -> Iterator[Held]:
+    """Collect every derived value that is handed out in the block, on this thread."""
+    held = Held()
+    _all_held.add(held)
+    token = _holding.set(held)
     try:
-        yield values
+        yield held
     finally:
-        _held.reset(token)
+        _holding.reset(token)
 
 
-def hold(value: Any) -> Any:
-    """Return `value`, a derived one, noted for `holding`."""
-    values = _held.get()
-    if values is not None:
-        values.append(value)
+def hold(value: Any, owner: Tensor | torch.nn.Module) -> Any:
+    """Return `value`, which a cache hands out for `owner`."""
+    held = _holding.get()
+    if held is not None:
+        held.values.append(value)
+        held.owners[id(owner)] = owner
     return value
+
+
+def forgotten(owner: Tensor | torch.nn.Module) -> None:
+    """Tell whoever holds a value of `owner` that its cache has forgotten it."""
+    for held in list(_all_held):
+        if id(owner) in held.owners:
+            held.forgotten = True
 
 
 def computed_now(like: Tensor) -> bool:
@@ -67,7 +84,7 @@ def packed(weight: Tensor, form: Hashable, build: Callable[[], Tensor], *derived
     if forms is not None:
         kept = forms.get(form)
         if kept is not None and kept[0] == state:
-            return hold(kept[1])
+            return hold(kept[1], weight)
     with torch.inference_mode(False), torch.no_grad():
         value = build()
     if not weight.is_inference() and not any(t.is_inference() for t in derived_from) and computed_now(weight):
@@ -78,9 +95,10 @@ def packed(weight: Tensor, form: Hashable, build: Callable[[], Tensor], *derived
         # `.to()`, its address could come back with other contents. The dict is replaced whole, for threads.
         forms[form] = (state, value, derived_from, [t.detach() for t in (weight, *derived_from)])
         _packed[weight] = forms
-    return hold(value)
+    return hold(value, weight)
 
 
 def forget(weight: Tensor) -> None:
     """Drop every packed form of `weight`."""
     _packed.pop(weight, None)
+    forgotten(weight)

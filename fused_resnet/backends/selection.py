@@ -120,7 +120,7 @@ def select(
 
 def _automatic(problem: Problem, x: Tensor, weight: Tensor | None, args) -> tuple[ModuleType, str, bool]:
     """The backend, why it is that one, and whether the choice holds for the next call."""
-    entry = plan.find(problem, x.device)
+    entry = plan.find(problem, x.device) if x.device.type == triton.device_type() else None
     if entry is not None and entry.backend in BACKENDS:
         planned = BACKENDS[entry.backend]
         reason = planned.unavailable() or planned.unsupported(problem.op, x, weight, args)

@@ -5,7 +5,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.backends.packing import computed_now, hold, version
+from fused_resnet.backends.packing import computed_now, forgotten, hold, version
 from fused_resnet.backends.packing import forget as forget_packed
 from fused_resnet.ops.bn_act import fold_batch_norm, recomputing
 
@@ -96,13 +96,13 @@ def folded(bn: nn.BatchNorm2d, conv_bias: Tensor | None = None) -> tuple[Tensor,
     state = (bn.eps, *[version(t) for t in sources])
     kept = _folded.get(bn)
     if kept is not None and kept[0] == state:
-        return hold(kept[1])
+        return hold(kept[1], bn)
     with torch.inference_mode(False), torch.no_grad():
         value = _fold(bn, conv_bias)
     # The memory is held: freed by `.data = ...` or `.to()`, its address could come back with other contents.
     if computed_now(value[0]):
         _folded[bn] = (state, value, [None if t is None else t.detach() for t in sources])
-    return hold(value)
+    return hold(value, bn)
 
 
 def _fold(bn: nn.BatchNorm2d, conv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,6 +113,7 @@ def _fold(bn: nn.BatchNorm2d, conv_bias: Tensor | None) -> tuple[Tensor, Tensor]
 def forget_folded(module: nn.Module) -> None:
     """Drop the scale and shift of `module`, and the packed forms of its parameters."""
     _folded.pop(module, None)
+    forgotten(module)
     for parameter in module._parameters.values():
         if parameter is not None:
             forget_packed(parameter)

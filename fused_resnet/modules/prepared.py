@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fused_resnet import ops
 from fused_resnet.backends import surroundings
-from fused_resnet.backends.packing import hold
+from fused_resnet.backends.packing import forgotten, hold
 from fused_resnet.modules.batch_norm import folded
 
 # A convolution is kept ready for this many shapes of input.
@@ -54,9 +54,10 @@ def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | 
             x, conv.weight, *folded(bn, conv.bias), residual=residual, act=act,
             stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
         )  # fmt: skip
-    return hold(runs[key])
+    return hold(runs[key], conv)
 
 
 def forget_prepared(conv: nn.Module) -> None:
     """Drop what was prepared for `conv`."""
     _prepared.pop(conv, None)
+    forgotten(conv)

@@ -4,8 +4,10 @@ With TRITON_INTERPRET=1 it takes CPU tensors instead, and runs the same kernels 
 them. Triton itself is imported with the first kernel.
 """
 
+import contextlib
 import importlib.util
 import os
+import threading
 from functools import cache
 
 import torch
@@ -22,11 +24,18 @@ OPS = ("conv_scale_act", "scale_act", "add_act", "max_pool2d")
 # The interpreter has no compute capability: it runs the kernels of the newest GPU.
 INTERPRETED_CAPABILITY = (9, 0)
 
+_interpreting = threading.RLock()
+
 
 @cache
 def interpreted() -> bool:
     """Whether Triton interprets its kernels; Triton reads the variable when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def device_type() -> str:
+    """Where its tensors are."""
+    return "cpu" if interpreted() else "cuda"
 
 
 @cache
@@ -47,7 +56,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> str:
-    if x.device.type != ("cpu" if interpreted() else "cuda"):
+    if x.device.type != device_type():
         return f"x is on {x.device}" + ("; with TRITON_INTERPRET=1 it takes the CPU's" if interpreted() else "")
     if x.dtype not in DTYPES:
         return f"{x.dtype} input; it takes float32, bfloat16 and float16"
@@ -85,10 +94,15 @@ def choose(problem: Problem, device: torch.device) -> tuple:
 def _choose(problem: Problem, device: torch.device) -> tuple:
     entry = plan.find(problem, device)
     if entry is not None and entry.backend == "triton":
-        for family, config in _registry().candidates(problem, capability(device)):
+        for family, config in candidates(problem, device):
             if str(config) == entry.kernel:
                 return family, config, entry.source
     return *_registry().heuristic(problem, capability(device)), "heuristic"
+
+
+def candidates(problem: Problem, device: torch.device) -> list[tuple]:
+    """Every (family, configuration) that can run the problem, the likeliest first."""
+    return _registry().candidates(problem, capability(device))
 
 
 def explain(problem: Problem, device: torch.device) -> str:
@@ -115,8 +129,10 @@ def run_launches(launches, device: torch.device) -> None:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return run_launches(launches, torch.device("cuda", torch.cuda.current_device()))
-    for each in launches:
-        each.run()
+    # The interpreter replaces parts of triton.language while it runs a kernel: one at a time.
+    with _interpreting if interpreted() else contextlib.nullcontext():
+        for each in launches:
+            each.run()
     return None
 
 
@@ -126,10 +142,6 @@ def _ready(x: Tensor | None) -> Tensor | None:
         return None
     x = channels_last(x)
     return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _vector(value: Tensor) -> Tensor:
-    return value.detach().float().contiguous()
 
 
 def empty(size, x: Tensor) -> Tensor:
@@ -145,12 +157,17 @@ def prepare_conv_scale_act(x, weight, scale, shift, residual, args, act):
     """Return `run(x, residual, out)` for channels_last inputs like these; `out` is the residual or None."""
     problem = Problem.of("conv_scale_act", x, weight, args, residual, act)
     family, config, _ = choose(problem, x.device)
-    form = ("triton", family.name, config.blocks, x.dtype)
-    weights = packed(weight, form, lambda: family.pack(weight.detach(), problem, config))
-    return _runner(problem, family, config, weights, _vector(scale), _vector(shift))
+    return runner(problem, family, config, weight, scale, shift)
 
 
-def _runner(problem, family, config, weights, scale, shift):
+def runner(problem, family, config, weight, scale, shift):
+    """`run(x, residual, out)` of one kernel; what an operator does not have is None."""
+    form = ("triton", family.name, config.blocks, problem.dtype)
+    weights = None
+    if weight is not None:
+        weights = packed(weight, form, lambda: family.pack(weight.detach(), problem, config))
+    scale, shift = (None if t is None else t.detach().float().contiguous() for t in (scale, shift))
+
     def run(x, residual, out):
         x, residual = _ready(x), _ready(residual)
         if out is None or out.data_ptr() % 16:
@@ -164,13 +181,13 @@ def _runner(problem, family, config, weights, scale, shift):
 def scale_act(x, scale, shift, residual, act):
     problem = Problem.of("scale_act", x, None, None, residual, act)
     family, config, _ = choose(problem, x.device)
-    return _runner(problem, family, config, None, _vector(scale), _vector(shift))(x, residual, None)
+    return runner(problem, family, config, None, scale, shift)(x, residual, None)
 
 
 def add_act(x, residual, act):
     problem = Problem.of("add_act", x, None, None, residual, act)
     family, config, _ = choose(problem, x.device)
-    return _runner(problem, family, config, None, None, None)(x, residual, None)
+    return runner(problem, family, config, None, None, None)(x, residual, None)
 
 
 def add_act_backward(grad, y, x, residual, act):

@@ -38,7 +38,7 @@ def verdict(problem: Problem, family: Family, config: Config, device: torch.devi
         if known is None:
             known = _verdicts[path] = _read(path)
         if key not in known:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if capturing(device):
                 return None
             right, reason = _try(small, family, config, device)
             if right is None:
@@ -52,13 +52,18 @@ def verdict(problem: Problem, family: Family, config: Config, device: torch.devi
         return known[key]
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured, where nothing may be tried."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def tiny(problem: Problem) -> Problem:
     """A small problem of the same kind: the same window, strides, alignment and parity of sizes."""
     n, c, h, w = problem.x
     if not problem.weight:
         return problem._replace(x=(min(n, 3), min(c, MOST_CHANNELS), min(h, 5), min(w, 7)), act=_exact(problem.act))
     k, group_c, r, s = problem.weight
-    groups = min(problem.groups, max(MOST_CHANNELS // max(group_c, k // problem.groups), 1))
+    groups = min(problem.groups, max(MOST_CHANNELS // max(group_c, k // problem.groups), 2))
     k, group_c = (_fewer(k), _fewer(group_c)) if groups == 1 else (k // problem.groups * groups, group_c)
     size = [
         min(have, max(MOST_PIXELS, problem.dilation[i] * (window - 1) + 1) + have % 2)

@@ -95,6 +95,7 @@ def max_pool2d_fwd_kernel(
     tl.store(y_ptr + m.to(tl.int64)[:, None] * C + c[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+SCALE_BLOCKS = ("BLOCK_M", "BLOCK_C")
 SCALE_CONFIGS = tuple(Config("scale_act", blocks, 4, 3) for blocks in ((32, 64), (16, 128), (8, 256)))
 
 

@@ -3,6 +3,9 @@
 The weight is the first operand and the image the second one: so a rank-4 or rank-5 tile of the image goes from shared
 memory straight into the tensor cores. Coordinates outside of the image read zeros, which is the padding. A stride of 2
 is a view [N, H/2, 2, W/2, 2C] of the image, of which a tap reads one parity of rows and of columns.
+
+Where the output has too few tiles for the GPU, as at batch 1, the sum over taps and channels is split among several
+programs, and a second launch adds their parts up.
 """
 
 import torch
@@ -24,22 +27,30 @@ from fused_resnet.backends.triton.launch import (
     rows,
     tensor_cores,
 )
+from fused_resnet.backends.triton.split_k import reduce_launch
 
 NAME = "implicit_gemm"
-# Pixels and output channels of a tile, input channels of a step. How the pixels lie is `tile_shape`'s.
-BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+# Pixels and output channels of a tile, input channels of a step, parts of the sum. How the pixels lie is
+# `tile_shape`'s.
+BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS")
 
 CONFIGS = (
-    Config(NAME, (128, 128, 64), 8, 3),
-    Config(NAME, (256, 128, 64), 8, 3),
-    Config(NAME, (128, 64, 64), 4, 3),
-    Config(NAME, (128, 64, 64), 4, 4),
-    Config(NAME, (256, 64, 64), 8, 3),
-    Config(NAME, (64, 128, 64), 4, 4),
-    Config(NAME, (64, 64, 64), 4, 4),
-    Config(NAME, (128, 64, 32), 4, 4),
-    Config(NAME, (128, 64, 16), 4, 4),
+    Config(NAME, (128, 128, 64, 1), 8, 3),
+    Config(NAME, (256, 128, 64, 1), 8, 3),
+    Config(NAME, (128, 64, 64, 1), 4, 3),
+    Config(NAME, (128, 64, 64, 1), 4, 4),
+    Config(NAME, (256, 64, 64, 1), 8, 3),
+    Config(NAME, (64, 128, 64, 1), 4, 4),
+    Config(NAME, (64, 64, 64, 1), 4, 4),
+    Config(NAME, (128, 64, 32, 1), 4, 4),
+    Config(NAME, (128, 64, 16, 1), 4, 4),
 )
+# Of these a split sum is tried too, in so many parts as leave each of them steps enough to fill the pipeline.
+SPLIT_TILES = ((64, 64, 64), (64, 128, 64), (128, 64, 64))
+SPLITS = (2, 3, 4, 6, 8, 9, 12, 16)
+LEAST_STEPS = 3
+
+PROGRAMS = 132  # that run at once: the SMs of an H200
 
 
 @triton.jit(do_not_specialize=["tiles_p", "tiles_q"])
@@ -47,25 +58,29 @@ def implicit_gemm_fwd_kernel(
     x_desc, w_desc, residual_desc, y_desc, scale_ptr, shift_ptr, K, tiles_p, tiles_q,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y[i, p, q, k] = act(sum_rsc x[i, p*STRIDE+r*DIL_H-PAD_H, q*STRIDE+s*DIL_W-PAD_W, c] w[k, r, s, c] * scale[k]
     + shift[k] + residual[i, p, q, k]).
 
     One tile of BLOCK_I images, BLOCK_P rows and BLOCK_Q columns by BLOCK_N channels a program; fp32 accumulation.
+    With SPLITS > 1 a program takes one part of the sum, and y is [SPLITS, N, P, Q, K] of bare parts in fp32.
     """
     BLOCK_M: tl.constexpr = BLOCK_I * BLOCK_P * BLOCK_Q
     CHANNEL_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    PART: tl.constexpr = R * S * CHANNEL_STEPS // SPLITS
     tiles_n = tl.cdiv(K, BLOCK_N)
     pid = tl.program_id(0)
     n = (pid % tiles_n) * BLOCK_N
-    tile = pid // tiles_n
+    split = pid // tiles_n % SPLITS
+    tile = pid // (tiles_n * SPLITS)
     i = (tile // (tiles_p * tiles_q)) * BLOCK_I
     p = (tile // tiles_q % tiles_p) * BLOCK_P
     q = (tile % tiles_q) * BLOCK_Q
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(0, R * S * CHANNEL_STEPS):
+    for index in range(0, PART):
+        step = split * PART + index
         tap = step // CHANNEL_STEPS
         c = (step % CHANNEL_STEPS) * BLOCK_K
         h = (tap // S) * DIL_H - PAD_H
@@ -76,14 +91,18 @@ def implicit_gemm_fwd_kernel(
             x = x_desc.load([i, p + h, q + w, c])
         x = x.reshape(BLOCK_M, BLOCK_K)
         acc = dot(w_desc.load([n, step * BLOCK_K]), x.T, acc, PRECISION)
-    offs_n = n + tl.arange(0, BLOCK_N)
-    scale = tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)
-    shift = tl.load(shift_ptr + offs_n, mask=offs_n < K, other=0.0)
-    y = acc * scale[:, None] + shift[:, None]  # [BLOCK_N, BLOCK_M]
-    if HAS_RESIDUAL:
-        y += residual_desc.load([i, p, q, n]).reshape(BLOCK_M, BLOCK_N).T.to(tl.float32)
-    y = activate(y, ACT).to(y_desc.dtype)
-    y_desc.store([i, p, q, n], y.T.reshape(BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N))
+    if SPLITS > 1:
+        parts = acc.T.reshape(1, BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N)
+        y_desc.store([split, i, p, q, n], parts)
+    else:
+        offs_n = n + tl.arange(0, BLOCK_N)
+        scale = tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)
+        shift = tl.load(shift_ptr + offs_n, mask=offs_n < K, other=0.0)
+        y = acc * scale[:, None] + shift[:, None]  # [BLOCK_N, BLOCK_M]
+        if HAS_RESIDUAL:
+            y += residual_desc.load([i, p, q, n]).reshape(BLOCK_M, BLOCK_N).T.to(tl.float32)
+        y = activate(y, ACT).to(y_desc.dtype)
+        y_desc.store([i, p, q, n], y.T.reshape(BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N))
 
 
 def unsupported(problem, capability) -> str:
@@ -115,13 +134,38 @@ def _fits(problem, config) -> bool:
     return step == 16 or (step > 16 and step < 2 * c)  # tl.dot takes no fewer than 16
 
 
+def _steps(problem, config) -> int:
+    return problem.weight[2] * problem.weight[3] * cdiv(problem.x[1], block_k(problem, config))
+
+
+def _split(problem, config) -> list[Config]:
+    """The configuration with its sum split: in equal parts, which a loop without an end that differs can take."""
+    if config.blocks[:3] not in SPLIT_TILES:
+        return []
+    steps = _steps(problem, config)
+    fit = [splits for splits in SPLITS if steps % splits == 0 and steps // splits >= LEAST_STEPS]
+    return [config._replace(blocks=(*config.blocks[:3], splits)) for splits in fit]
+
+
 def configs(problem, capability) -> list[Config]:
-    """Tiles of 128 pixels, or 64 where those do not fill the GPU; as many channels as the output has."""
+    """Those that fill the GPU go before those that do not, larger tiles before smaller ones, whole sums before split.
+
+    A program that has an SM for itself takes as long as its part of the sum: where no tile is small enough to fill the
+    GPU, it is split.
+    """
     k, m = problem.weight[0], pixels(problem.output)
-    few = cdiv(m, 128) * cdiv(k, 128) < 132  # SMs of an H200
-    fit = [c for c in CONFIGS if _fits(problem, c) and c.blocks[1] < 2 * max(k, 64)]
-    wanted_n, wanted_m = (64 if few or k <= 64 else 128), (64 if few else 128)
-    return sorted(fit, key=lambda c: (-c.blocks[2], abs(c.blocks[1] - wanted_n), abs(c.blocks[0] - wanted_m)))
+    whole = [c for c in CONFIGS if _fits(problem, c) and c.blocks[1] < 2 * max(k, 64)]
+    few = cdiv(m, 64) * cdiv(k, 64) < PROGRAMS
+    split = [part for config in whole for part in _split(problem, config)] if few else []
+
+    def cost(config):
+        block_m, block_n, _, splits = config.blocks
+        programs = cdiv(m, block_m) * cdiv(k, block_n) * splits
+        # Steps in a row of the busiest SM, a larger tile's taking longer, and what a second launch costs in steps.
+        row = cdiv(programs, PROGRAMS) * _steps(problem, config) // splits * (1 + block_m * block_n / 8192)
+        return (config.blocks[2] != whole[0].blocks[2], row + (8 if splits > 1 else 0), -block_m, config.num_stages)
+
+    return sorted([*whole, *split], key=cost)
 
 
 def tile_shape(n: int, p: int, q: int, block_m: int) -> tuple[int, int, int]:
@@ -151,28 +195,36 @@ def pack(weight, problem, config) -> torch.Tensor:
 
 
 def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[Launch, ...]:
-    block_m, block_n, _ = config.blocks
-    step, (n, c, h, w), k, (p, q) = block_k(problem, config), problem.x, problem.weight[0], problem.size
+    block_m, block_n, _, splits = config.blocks
+    step, (n, c), k, (p, q) = block_k(problem, config), problem.x[:2], problem.weight[0], problem.size
     tile = tile_shape(n, p, q, block_m)
-    if problem.stride == (2, 2):
-        strides = [h * w * c, 2 * w * c, w * c, 2 * c, 1]
-        block = [tile[0], tile[1], 1, tile[2], step]
-        x_desc = TensorDescriptor(x, [n, h // 2, 2, w // 2, 2 * c], strides, block)
-    else:
-        x_desc = nhwc(x, *tile, step)
     tiles = cdiv(n, tile[0]), cdiv(p, tile[1]), cdiv(q, tile[2])
-    y_desc = nhwc(out, *tile, block_n)
-    residual_desc = y_desc if residual is None else nhwc(residual, *tile, block_n)
+    if splits > 1:
+        parts = torch.empty((splits, n, p, q, k), dtype=torch.float32, device=x.device)
+        y_desc = TensorDescriptor.from_tensor(parts, [1, *tile, block_n])
+    else:
+        y_desc = nhwc(out, *tile, block_n)
+    residual_desc = y_desc if residual is None or splits > 1 else nhwc(residual, *tile, block_n)
+    x_desc = _image(problem, x, tile, step)
     args = (x_desc, rows(weights, block_n, step), residual_desc, y_desc, scale, shift, k, tiles[1], tiles[2])
     constants = {
         "C": c, "R": problem.weight[2], "S": problem.weight[3], "STRIDE": problem.stride[0],
         "PAD_H": problem.padding[0], "PAD_W": problem.padding[1],
         "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
         "BLOCK_I": tile[0], "BLOCK_P": tile[1], "BLOCK_Q": tile[2], "BLOCK_N": block_n, "BLOCK_K": step,
-        "HAS_RESIDUAL": residual is not None, "ACT": problem.act, "PRECISION": precision(problem),
+        "SPLITS": splits, "HAS_RESIDUAL": residual is not None, "ACT": problem.act, "PRECISION": precision(problem),
     }  # fmt: skip
-    grid = tiles[0] * tiles[1] * tiles[2] * cdiv(k, block_n)
-    return (Launch(implicit_gemm_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages),)
+    grid = tiles[0] * tiles[1] * tiles[2] * cdiv(k, block_n) * splits
+    first = Launch(implicit_gemm_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages)
+    return (first, reduce_launch(parts, problem, scale, shift, residual, out)) if splits > 1 else (first,)
+
+
+def _image(problem, x, tile, step: int) -> TensorDescriptor:
+    if problem.stride == (1, 1):
+        return nhwc(x, *tile, step)
+    n, c, h, w = problem.x
+    strides = [h * w * c, 2 * w * c, w * c, 2 * c, 1]
+    return TensorDescriptor(x, [n, h // 2, 2, w // 2, 2 * c], strides, [tile[0], tile[1], 1, tile[2], step])
 
 
 FAMILY = Family(NAME, unsupported, configs, pack, launches)

@@ -1,7 +1,7 @@
 """The families of kernels, and which of them runs a problem in which configuration: a pure function of the problem."""
 
 from fused_resnet.backends.problem import Problem
-from fused_resnet.backends.triton import conv1x1, elementwise, general, implicit_gemm
+from fused_resnet.backends.triton import conv1x1, cudnn, elementwise, general, implicit_gemm
 from fused_resnet.backends.triton.launch import Config, Family
 
 # Those of one operator in the order in which they are asked: the special before the general.
@@ -10,6 +10,7 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         conv1x1.FAMILY,
         implicit_gemm.FAMILY,
         general.FAMILY,
+        cudnn.FAMILY,
     ),
     "scale_act": (elementwise.SCALE_ACT,),
     "add_act": (elementwise.ADD_ACT,),
@@ -28,4 +29,9 @@ def candidates(problem: Problem, capability: tuple[int, int]) -> list[tuple[Fami
 
 def heuristic(problem: Problem, capability: tuple[int, int]) -> tuple[Family, Config]:
     """The kernel for a problem that was not measured."""
-    return candidates(problem, capability)[0]
+    family, config = candidates(problem, capability)[0]
+    if family is conv1x1.FAMILY:
+        other = implicit_gemm.configs(problem, capability)[0]
+        if other.blocks[-1] > 1:  # too few tiles for the GPU: only the other family splits its sums
+            return implicit_gemm.FAMILY, other
+    return family, config

@@ -1,0 +1,262 @@
+"""`tune`: every kernel for every problem of a model, measured on this GPU; the fastest right one goes into the plan."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_resnet._version import __version__
+from fused_resnet.backends import plan, reference
+from fused_resnet.backends import triton as backend
+from fused_resnet.backends.problem import Problem
+from fused_resnet.parity import compare, table
+
+REFERENCE = "reference"
+
+# A candidate that takes so many times as long as the best one so far is not measured to the end.
+HOPELESS = 3.0
+
+
+class Candidate(NamedTuple):
+    """One way to run a problem; `run` returns the output. `kernel` is "" for a backend's only one."""
+
+    backend: str
+    kernel: str
+    run: Callable[[], Tensor]
+
+    @property
+    def name(self) -> str:
+        return self.kernel or self.backend
+
+
+@dataclass
+class Tuned:
+    """What was found for one problem; times in microseconds."""
+
+    problem: str
+    best: str
+    microseconds: float
+    reference_microseconds: float
+    tried: int
+    wrong: dict[str, str] = field(default_factory=dict)  # candidate -> why it was left out
+
+
+@dataclass
+class TuneReport:
+    """What `tune` measured; prints as a table.
+
+    Attributes:
+        device: the GPU's name.
+        path: the plan's file.
+        rows: one for each distinct problem, in the order of the model's calls.
+    """
+
+    device: str
+    path: str
+    rows: list[Tuned] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        header = ("problem", "fastest", "us", "reference us", "speed-up", "tried", "left out")
+        lines = [
+            (
+                row.problem, row.best, f"{row.microseconds:.1f}", f"{row.reference_microseconds:.1f}",
+                f"{row.reference_microseconds / row.microseconds:.2f}", str(row.tried), str(len(row.wrong)),
+            )
+            for row in self.rows
+        ]  # fmt: skip
+        left_out = [f"left out: {row.problem}: {name}: {why}" for row in self.rows for name, why in row.wrong.items()]
+        about = f"{self.device}, plan {self.path}"
+        return "\n".join([about, *table(header, lines, right={2, 3, 4, 5, 6}), *left_out])
+
+
+def tune(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    path: str | Path | None = None,
+    most: int = 16,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> TuneReport:
+    """Measure every candidate for every distinct problem of `model` on `example`'s GPU, and write the plan.
+
+    A candidate's numbers are checked before its speed (the two-times rule, see `verify`); the plan is written after
+    every problem, so that an interrupted run keeps what it has. From then on the automatic choice follows it.
+
+    Args:
+        model: a network in eval mode, on the device of `example`.
+        example: an input, [N, C, H, W], of the batch, size and dtype that the model will see.
+        path: the plan's file; by default the user's own for this GPU, the one that is read.
+        most: candidates measured for each problem, the likeliest first.
+        progress: wraps the list of problems, as `tqdm` does.
+
+    Raises:
+        ValueError: a model in training mode, or nothing in it that could be tuned.
+        RuntimeError: the Triton backend is not available, or the example is not where it runs.
+    """
+    _check(model, example)
+    name = plan.device_name(example.device)
+    path = plan.user_path(name) if path is None else Path(path)
+    problems = problems_of(model, example)
+    if not problems:
+        raise ValueError("tune: the model has no fused operator; convert it first, or use this package's modules")
+    report, entries = TuneReport(name, str(path)), plan.read(path)
+    try:
+        for problem in progress(problems):
+            row, entry = _tune_problem(problem, example.device, most, entries)
+            report.rows.append(row)
+            entries = {**entries, plan.key_of(problem): entry}
+            plan.write(path, name, versions(), entries)
+    finally:
+        plan.reload()
+    return report
+
+
+def _check(model: nn.Module, example: Tensor) -> None:
+    if model.training:
+        raise ValueError("tune: the model is in training mode; call model.eval() first")
+    reason = backend.unavailable()
+    if reason:
+        raise RuntimeError(f"tune: the backend 'triton' is not available: {reason}")
+    reason = backend.unsupported("conv_scale_act", example)
+    if reason:
+        raise RuntimeError(f"tune: nothing can be tuned here: {reason}")
+
+
+def versions() -> dict[str, str]:
+    """Of what a plan was measured with."""
+    import triton
+
+    cuda = torch.version.cuda or "none"
+    return {"fused_resnet": __version__, "torch": torch.__version__, "triton": triton.__version__, "cuda": cuda}
+
+
+class _Problems(TorchDispatchMode):
+    """Notes the problems that a network poses, each once, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[Problem, None] = {}
+        self.last: tuple[Tensor, Problem] | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("fused_resnet::")
+        if name == "conv_scale_act":
+            x, weight, _, _, residual, *geometry, act, _ = args
+            problem = Problem.of(name, x, weight, geometry, residual, act)
+            self.found[problem] = None
+            self.last = (result, problem)
+        elif name in ("scale_act", "add_act"):
+            residual = args[1] if name == "add_act" else args[3]
+            self.found[Problem.of(name, args[0], None, None, residual, args[-2])] = None
+        return result
+
+
+def problems_of(model: nn.Module, example: Tensor) -> list[Problem]:
+    """The distinct problems of one forward pass, in order."""
+    problems = _Problems()
+    with torch.no_grad(), problems:
+        model(example)
+    return list(problems.found)
+
+
+def candidates(problem: Problem, device: torch.device, most: int) -> list[Candidate]:
+    """The reference, then the kernels of the Triton backend, all on the same random tensors."""
+    x, weight, scale, shift, residual = tensors = random_tensors(problem, device)
+    found = [Candidate(REFERENCE, "", lambda: run_reference(problem, tensors))]
+    for family, config in backend.candidates(problem, device)[:most]:
+        run = backend.runner(problem, family, config, weight, scale, shift)
+        found.append(Candidate("triton", str(config), lambda run=run: run(x, residual, None)))
+    return found
+
+
+def run_reference(problem: Problem, tensors: tuple) -> Tensor:
+    x, weight, scale, shift, residual = tensors
+    if problem.op == "add_act":
+        return reference.add_act(x, residual, problem.act)
+    if problem.op == "scale_act":
+        return reference.scale_act(x, scale, shift, residual, problem.act)
+    return reference.conv_scale_act(x, weight, scale, shift, residual, problem, problem.act)
+
+
+def random_tensors(problem: Problem, device: torch.device) -> tuple:
+    """x, weight, scale, shift and residual, or None, of the sizes that values in a network have."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(size, dtype=problem.dtype):
+        x = torch.randn(size, generator=generator, device=device).to(dtype)
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    weight, k = None, problem.output[1]
+    if problem.weight:
+        weight = normal(problem.weight, torch.float32)
+        weight = (weight / weight[0].numel() ** 0.5).to(problem.dtype)
+    scale, shift = normal((k,), torch.float32).abs() + 0.5, normal((k,), torch.float32)
+    return normal(problem.x), weight, scale, shift, normal(problem.output) if problem.residual else None
+
+
+@torch.no_grad()
+def _tune_problem(problem: Problem, device: torch.device, most: int, entries: dict) -> tuple[Tuned, dict]:
+    first, *others = candidates(problem, device, most)
+    eager, truth = first.run(), _truth(problem, device)
+    times, wrong = {first.name: measure(first.run, device)}, {}
+    best = first
+    for candidate in others:
+        try:
+            row = compare(("", "", "", ""), candidate.run(), eager, truth, problem.dtype)
+            if not row.passed:
+                wrong[candidate.name] = f"error {row.fused_error:.2e}, eager's is {row.eager_error:.2e}"
+                continue
+            times[candidate.name] = measure(candidate.run, device, HOPELESS * times[best.name])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the compiler's or the driver's: this one does not run here
+            wrong[candidate.name] = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+            continue
+        if times[candidate.name] < times[best.name]:
+            best = candidate
+    entry = {
+        "backend": best.backend, "kernel": best.kernel, "microseconds": round(times[best.name], 2),
+        "candidates": {name: round(value, 2) for name, value in times.items()},
+    }  # fmt: skip
+    row = Tuned(str(problem), best.name, times[best.name], times[first.name], len(others) + 1, wrong)
+    return row, entry
+
+
+def _truth(problem: Problem, device: torch.device) -> Tensor:
+    """The result in fp32 without TF32; for fp32 itself in fp64."""
+    wide = torch.float64 if problem.dtype == torch.float32 else torch.float32
+    tensors = tuple(None if t is None else t.to(wide) for t in random_tensors(problem, device))
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        return run_reference(problem._replace(dtype=wide), tensors)
+
+
+def measure(run: Callable[[], object], device: torch.device, limit: float = float("inf")) -> float:
+    """Median microseconds of a call; on a GPU with a cold L2, by Triton's own benchmark.
+
+    One that is beyond `limit` at first sight is not measured again.
+    """
+    if device.type != "cuda":
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - start) * 1e6)
+            if times[-1] > limit:
+                break
+        return statistics.median(times)
+    from triton.testing import do_bench
+
+    guard = torch.cuda.device(device) if device.index is not None else contextlib.nullcontext()
+    with guard:
+        quick = do_bench(run, warmup=2, rep=5, return_mode="median") * 1e3
+        if quick > limit:
+            return quick
+        return do_bench(run, warmup=20, rep=60, return_mode="median") * 1e3
