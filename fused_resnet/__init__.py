@@ -47,6 +47,7 @@ from fused_resnet.modules import (
     freeze_batch_norm,
 )
 from fused_resnet.parity import VerifyReport
+from fused_resnet.tuning import TuneReport, tune
 from fused_resnet.verify import verify
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "ConvBNAct2d",
     "DepthwiseSeparableConv2d",
     "GraphedModel",
+    "TuneReport",
     "VerifyReport",
     "__version__",
     "available_backends",
@@ -63,6 +65,7 @@ __all__ = [
     "freeze_batch_norm",
     "graph",
     "ops",
+    "tune",
     "use_backend",
     "verify",
     "CIFARResNet",

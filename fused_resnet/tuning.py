@@ -25,11 +25,11 @@ HOPELESS = 3.0
 
 
 class Candidate(NamedTuple):
-    """One way to run a problem; `run` returns the output. `kernel` is "" for a backend's only one."""
+    """One way to run a problem; `kernel` is "" for a backend's only one."""
 
     backend: str
     kernel: str
-    run: Callable[[], Tensor]
+    prepare: Callable[[], Callable[[], Tensor]]  # returns what computes the output, and nothing else, at every call
 
     @property
     def name(self) -> str:
@@ -170,10 +170,14 @@ def problems_of(model: nn.Module, example: Tensor) -> list[Problem]:
 def candidates(problem: Problem, device: torch.device, most: int) -> list[Candidate]:
     """The reference, then the kernels of the Triton backend, all on the same random tensors."""
     x, weight, scale, shift, residual = tensors = random_tensors(problem, device)
-    found = [Candidate(REFERENCE, "", lambda: run_reference(problem, tensors))]
+    found = [Candidate(REFERENCE, "", lambda: lambda: run_reference(problem, tensors))]
     for family, config in backend.candidates(problem, device)[:most]:
-        run = backend.runner(problem, family, config, weight, scale, shift)
-        found.append(Candidate("triton", str(config), lambda run=run: run(x, residual, None)))
+
+        def prepare(family=family, config=config):
+            run = backend.runner(problem, family, config, weight, scale, shift)
+            return lambda: run(x, residual, None)
+
+        found.append(Candidate("triton", str(config), prepare))
     return found
 
 
@@ -205,16 +209,18 @@ def random_tensors(problem: Problem, device: torch.device) -> tuple:
 @torch.no_grad()
 def _tune_problem(problem: Problem, device: torch.device, most: int, entries: dict) -> tuple[Tuned, dict]:
     first, *others = candidates(problem, device, most)
-    eager, truth = first.run(), _truth(problem, device)
-    times, wrong = {first.name: measure(first.run, device)}, {}
+    run = first.prepare()
+    eager, truth = run(), _truth(problem, device)
+    times, wrong = {first.name: measure(run, device)}, {}
     best = first
     for candidate in others:
         try:
-            row = compare(("", "", "", ""), candidate.run(), eager, truth, problem.dtype)
+            run = candidate.prepare()
+            row = compare(("", "", "", ""), run(), eager, truth, problem.dtype)
             if not row.passed:
                 wrong[candidate.name] = f"error {row.fused_error:.2e}, eager's is {row.eager_error:.2e}"
                 continue
-            times[candidate.name] = measure(candidate.run, device, HOPELESS * times[best.name])
+            times[candidate.name] = measure(run, device, HOPELESS * times[best.name])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler's or the driver's: this one does not run here

@@ -113,7 +113,7 @@ def test_kernel_two_times(name, problem, dtype):
             family = Config.parse(candidate.kernel).family
             if family not in seen:
                 seen.add(family)
-                row = compare(("", "", "", ""), candidate.run(), eager.run(), truth, dtype)
+                row = compare(("", "", "", ""), candidate.prepare()(), eager.prepare()(), truth, dtype)
                 assert row.passed, (candidate.kernel, row)
     assert name in seen or family_of(name).unsupported(problem, CAPABILITY)
 

@@ -159,9 +159,9 @@ def _read(path: Path) -> dict[str, bool]:
         if found["format"] != FORMAT or not all(type(value) is bool for value in found["verdicts"].values()):
             raise ValueError("another format")
         return found["verdicts"]
-    except FileNotFoundError:
+    except OSError:  # no file, or none that can be read: the kernels run once more
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"{path} is broken and is ignored: {error!r}", stacklevel=2)
         return {}
 
