@@ -72,13 +72,15 @@ def test_tune_writes_what_select_reads(clock, cache, monkeypatch, capsys):
     found = json.loads(Path(report.path).read_text())
     assert found["versions"]["fused_resnet"] == fr.__version__
     assert set(found["versions"]) == {"fused_resnet", "torch", "triton", "cuda"}
+    plan.reload()
     monkeypatch.setenv("FUSED_RESNET_LOG", "1")
     with torch.no_grad():
         y = model(x)
         with fr.use_backend("reference"):
             assert torch.allclose(y, model(x), atol=1e-5)
-    log = [line for line in capsys.readouterr().err.splitlines() if line.endswith("; tuned plan")]
-    assert len(log) == 3
+    text = capsys.readouterr().err
+    log = [line for line in text.splitlines() if line.endswith("; tuned plan")]
+    assert len(log) == 3, text
     assert all(row.best in line for row, line in zip(report.rows, log, strict=True))
 
 
