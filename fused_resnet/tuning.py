@@ -1,39 +1,22 @@
 """`tune`: every kernel for every problem of a model, measured on this GPU; the fastest right one goes into the plan."""
 
-import contextlib
-import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet._version import __version__
-from fused_resnet.backends import plan, reference
+from fused_resnet.backends import plan
 from fused_resnet.backends import triton as backend
-from fused_resnet.backends.problem import Problem
+from fused_resnet.backends.problem import POOLED, Problem
+from fused_resnet.candidates import candidates, measure, random_tensors, run_reference, truth
 from fused_resnet.parity import compare, table
-
-REFERENCE = "reference"
 
 # A candidate that takes so many times as long as the best one so far is not measured to the end.
 HOPELESS = 3.0
-
-
-class Candidate(NamedTuple):
-    """One way to run a problem; `kernel` is "" for a backend's only one."""
-
-    backend: str
-    kernel: str
-    prepare: Callable[[], Callable[[], Tensor]]  # returns what computes the output, and nothing else, at every call
-
-    @property
-    def name(self) -> str:
-        return self.kernel or self.backend
 
 
 @dataclass
@@ -156,6 +139,10 @@ class _Problems(TorchDispatchMode):
         elif name in ("scale_act", "add_act"):
             residual = args[1] if name == "add_act" else args[3]
             self.found[Problem.of(name, args[0], None, None, residual, args[-2])] = None
+        elif name == "aten::max_pool2d_with_indices" and self.last is not None and args[0] is self.last[0]:
+            pooled = self.last[1]._replace(op=POOLED)
+            if args[1:4] == ([3, 3], [2, 2], [1, 1]) and backend.candidates(pooled, args[0].device):
+                self.found[pooled] = None
         return result
 
 
@@ -167,56 +154,17 @@ def problems_of(model: nn.Module, example: Tensor) -> list[Problem]:
     return list(problems.found)
 
 
-def candidates(problem: Problem, device: torch.device, most: int) -> list[Candidate]:
-    """The reference, then the kernels of the Triton backend, all on the same random tensors."""
-    x, weight, scale, shift, residual = tensors = random_tensors(problem, device)
-    found = [Candidate(REFERENCE, "", lambda: lambda: run_reference(problem, tensors))]
-    for family, config in backend.candidates(problem, device)[:most]:
-
-        def prepare(family=family, config=config):
-            run = backend.runner(problem, family, config, weight, scale, shift)
-            return lambda: run(x, residual, None)
-
-        found.append(Candidate("triton", str(config), prepare))
-    return found
-
-
-def run_reference(problem: Problem, tensors: tuple) -> Tensor:
-    x, weight, scale, shift, residual = tensors
-    if problem.op == "add_act":
-        return reference.add_act(x, residual, problem.act)
-    if problem.op == "scale_act":
-        return reference.scale_act(x, scale, shift, residual, problem.act)
-    return reference.conv_scale_act(x, weight, scale, shift, residual, problem, problem.act)
-
-
-def random_tensors(problem: Problem, device: torch.device) -> tuple:
-    """x, weight, scale, shift and residual, or None, of the sizes that values in a network have."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(size, dtype=problem.dtype):
-        x = torch.randn(size, generator=generator, device=device).to(dtype)
-        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-    weight, k = None, problem.output[1]
-    if problem.weight:
-        weight = normal(problem.weight, torch.float32)
-        weight = (weight / weight[0].numel() ** 0.5).to(problem.dtype)
-    scale, shift = normal((k,), torch.float32).abs() + 0.5, normal((k,), torch.float32)
-    return normal(problem.x), weight, scale, shift, normal(problem.output) if problem.residual else None
-
-
 @torch.no_grad()
 def _tune_problem(problem: Problem, device: torch.device, most: int, entries: dict) -> tuple[Tuned, dict]:
-    first, *others = candidates(problem, device, most)
+    first, *others = candidates(problem, device, most, entries)
     run = first.prepare()
-    eager, truth = run(), _truth(problem, device)
+    eager, exact = run_reference(problem, random_tensors(problem, device)), truth(problem, device)
     times, wrong = {first.name: measure(run, device)}, {}
     best = first
     for candidate in others:
         try:
             run = candidate.prepare()
-            row = compare(("", "", "", ""), run(), eager, truth, problem.dtype)
+            row = compare(("", "", "", ""), run(), eager, exact, problem.dtype)
             if not row.passed:
                 wrong[candidate.name] = f"error {row.fused_error:.2e}, eager's is {row.eager_error:.2e}"
                 continue
@@ -234,35 +182,3 @@ def _tune_problem(problem: Problem, device: torch.device, most: int, entries: di
     }  # fmt: skip
     row = Tuned(str(problem), best.name, times[best.name], times[first.name], len(others) + 1, wrong)
     return row, entry
-
-
-def _truth(problem: Problem, device: torch.device) -> Tensor:
-    """The result in fp32 without TF32; for fp32 itself in fp64."""
-    wide = torch.float64 if problem.dtype == torch.float32 else torch.float32
-    tensors = tuple(None if t is None else t.to(wide) for t in random_tensors(problem, device))
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        return run_reference(problem._replace(dtype=wide), tensors)
-
-
-def measure(run: Callable[[], object], device: torch.device, limit: float = float("inf")) -> float:
-    """Median microseconds of a call; on a GPU with a cold L2, by Triton's own benchmark.
-
-    One that is beyond `limit` at first sight is not measured again.
-    """
-    if device.type != "cuda":
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - start) * 1e6)
-            if times[-1] > limit:
-                break
-        return statistics.median(times)
-    from triton.testing import do_bench
-
-    guard = torch.cuda.device(device) if device.index is not None else contextlib.nullcontext()
-    with guard:
-        quick = do_bench(run, warmup=2, rep=5, return_mode="median") * 1e3
-        if quick > limit:
-            return quick
-        return do_bench(run, warmup=20, rep=60, return_mode="median") * 1e3

@@ -6,11 +6,11 @@ import pytest
 import torch
 from devices import full_fp32
 from networks import calibrate, largest, seeded
-from problems import BACKEND_NAMES, dtypes, poisoned
+from problems import BACKEND_NAMES, LAYOUTS, dtypes, poisoned
 from tolerances import assert_two_times, tolerance
 
 import fused_resnet as fr
-from fused_resnet import tuning
+from fused_resnet import candidates as trials
 from fused_resnet.backends import backend_report, triton
 from fused_resnet.backends.problem import Problem
 from fused_resnet.parity import compare
@@ -106,21 +106,21 @@ def test_kernel_two_times(name, problem, dtype):
     """As `tune` checks a candidate: random values, the first configuration of each family."""
     problem = problem._replace(dtype=dtype, act="silu")
     with torch.no_grad():
-        truth = tuning._truth(problem, DEVICE)
-        eager, *found = (c for c in tuning.candidates(problem, DEVICE, 99))
+        exact = trials.truth(problem, DEVICE)
+        eager, *found = (c for c in trials.candidates(problem, DEVICE, 99))
         seen = set()
         for candidate in found:
             family = Config.parse(candidate.kernel).family
             if family not in seen:
                 seen.add(family)
-                row = compare(("", "", "", ""), candidate.prepare()(), eager.prepare()(), truth, dtype)
+                row = compare(("", "", "", ""), candidate.prepare()(), eager.prepare()(), exact, dtype)
                 assert row.passed, (candidate.kernel, row)
     assert name in seen or family_of(name).unsupported(problem, CAPABILITY)
 
 
 def test_every_family_has_problems():
     """A family without one is not tested here: those with files of their own are named."""
-    elsewhere = {"stem", "stem_pool", "depthwise", "grouped"}
+    elsewhere = {"stem", "stem_rows", "stem_pool", "depthwise", "grouped"}
     assert {f.name for families in registry.FAMILIES.values() for f in families} - elsewhere == set(PROBLEMS)
 
 
@@ -182,13 +182,36 @@ def test_addresses_of_large_images_are_wide():
 # --- whole networks ---
 
 
+def test_stem_and_pooling_are_one_kernel(monkeypatch):
+    """In a network, for a channels_last image; not where somebody hooks the pooling or replaces the stem."""
+    ran = []
+    original = triton.runner
+    monkeypatch.setattr(triton, "runner", lambda p, *rest: ran.append(p.op) or original(p, *rest))
+    model = calibrate(seeded(fr.resnet18), torch.randn(4, 3, 32, 32))
+    model.layer1 = model.layer2 = model.layer3 = torch.nn.Sequential()
+    model.layer4, model.fc = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Identity()
+    model, x = model.to(DEVICE), LAYOUTS["channels_last"](torch.randn(1, 3, 13, 17, device=DEVICE))
+    with torch.no_grad():
+        expected = model(x)
+        for changed in (None, "hook", "stem"):
+            if changed == "hook":
+                model.maxpool.register_forward_hook(lambda *_: None)
+            if changed == "stem":
+                model.maxpool._forward_hooks.clear()
+                model.__class__ = type("Other", (fr.ResNet,), {"stem": lambda self, x: fr.ResNet.stem(self, x)})
+            with fr.use_backend("triton"):
+                torch.testing.assert_close(model(x), expected)
+    assert ran == ["conv_scale_act_max_pool2d", "conv_scale_act"]  # the third is the second, which is kept
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_resnet18_is_the_reference(dtype, full_precision):
-    """The whole network at 32x32, kernel by kernel."""
+    """The whole network at 32x32, kernel by kernel; in fp16 with the stem and its pooling in one."""
     model, x = calibrate(seeded(fr.resnet18), torch.randn(8, 3, 32, 32)).to(DEVICE), torch.randn(2, 3, 32, 32)
     truth = copy.deepcopy(model).double()
     model, x = model.to(dtype), x.to(DEVICE, dtype)
+    x = LAYOUTS["channels_last"](x) if dtype == torch.float16 else x
     with torch.inference_mode():
         with fr.use_backend("reference"):
             expected, exact = model(x), truth(x.double())

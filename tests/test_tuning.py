@@ -10,7 +10,7 @@ from problems import BACKEND_NAMES, randomised
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import cli, tuning
+from fused_resnet import candidates, cli, tuning
 from fused_resnet.backends import backend_report, plan
 
 if "triton" not in BACKEND_NAMES:
@@ -61,6 +61,18 @@ def entries(report):
 
 def test_problems_are_distinct_and_in_order():
     assert [p.op for p in tuning.problems_of(*unit())] == ["conv_scale_act", "scale_act", "add_act"]
+
+
+def test_stem_with_its_pooling_is_a_problem_of_its_own(clock):
+    """Its reference is the two of them, with the convolution's own best kernel."""
+    model = nn.Sequential(fr.ConvBNAct2d(3, 8, 7, 2), nn.MaxPool2d(3, 2, 1)).to(DEVICE).eval().half()
+    x = torch.randn(1, 3, 9, 9, device=DEVICE).half()
+    report = fr.tune(model, x, most=1)
+    assert [row.problem.split()[0] for row in report.rows] == ["conv_scale_act", "conv_scale_act_max_pool2d"]
+    assert [row.best.split()[0] for row in report.rows] == ["stem", "stem_pool"]
+    assert not any(row.wrong for row in report.rows)
+    model[1] = nn.MaxPool2d(2)
+    assert len(tuning.problems_of(model, x)) == 1
 
 
 def test_tune_writes_what_select_reads(clock, cache, monkeypatch, capsys):
@@ -154,9 +166,9 @@ def test_hopeless_candidates_are_not_measured_again():
     if DEVICE.type == "cuda":
         pytest.skip("the host's clock is the CPU's")
     calls = []
-    tuning.measure(lambda: calls.append(0), DEVICE, limit=-1.0)
+    candidates.measure(lambda: calls.append(0), DEVICE, limit=-1.0)
     assert len(calls) == 1
-    tuning.measure(lambda: calls.append(0), DEVICE)
+    candidates.measure(lambda: calls.append(0), DEVICE)
     assert len(calls) == 4
 
 

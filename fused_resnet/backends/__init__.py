@@ -7,6 +7,7 @@ from fused_resnet.backends.selection import (
     backend_report,
     context_backend,
     select,
+    select_pooled,
     surroundings,
     use_backend,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "context_backend",
     "empty_cache",
     "select",
+    "select_pooled",
     "surroundings",
     "use_backend",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_resnet.backends import reference
 from fused_resnet.backends.packing import packed
+from fused_resnet.backends.problem import POOLED
 from fused_resnet.backends.reference import channels_last
 
 ACT_CODES = {"none": 0, "relu": 1, "relu6": 2, "hardswish": 3, "silu": 4}
@@ -61,6 +62,8 @@ def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> 
         return f"x is on {x.device}"
     if x.dtype not in DTYPES:
         return f"{x.dtype} input; it takes float32 and bfloat16"
+    if op == POOLED:
+        return "it has no kernel for that"
     if op != "conv_scale_act":
         missing = extension_missing()
         return f"{missing}; install with a C++ compiler: pip install --no-build-isolation ." if missing else ""

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# A convolution with a 3x3 max-pool of stride 2 and padding 1 behind it: the stem of a ResNet.
+POOLED = "conv_scale_act_max_pool2d"
+
 
 class Problem(NamedTuple):
     """One call of an operator, without its tensors.
@@ -33,7 +36,7 @@ class Problem(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the output, P and Q."""
+        """Height and width of the convolution's output, P and Q."""
         p, q = (
             (self.x[i + 2] + 2 * self.padding[i] - self.dilation[i] * (self.weight[i + 2] - 1) - 1) // self.stride[i]
             + 1
@@ -44,7 +47,11 @@ class Problem(NamedTuple):
     @property
     def output(self) -> tuple[int, int, int, int]:
         """The shape of the output, [N, K, P, Q]."""
-        return (self.x[0], self.weight[0], *self.size) if self.weight else self.x
+        if not self.weight:
+            return self.x
+        p, q = self.size
+        pooled = ((p - 1) // 2 + 1, (q - 1) // 2 + 1) if self.op == POOLED else (p, q)
+        return self.x[0], self.weight[0], *pooled
 
     @property
     def depthwise(self) -> bool:

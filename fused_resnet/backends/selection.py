@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import cpu, plan, reference, triton
-from fused_resnet.backends.problem import Problem
+from fused_resnet.backends.problem import POOLED, Problem
 
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu")
 
@@ -116,6 +116,14 @@ def select(
                 _selected.clear()
             _selected[key] = found
     return found
+
+
+def select_pooled(x: Tensor, weight: Tensor, args, act: str) -> ModuleType | None:
+    """The backend with one kernel for a convolution and the max-pool behind it; None: the named one has none."""
+    name = context_backend() or os.environ.get("FUSED_RESNET_BACKEND", "")
+    if name in BACKENDS and (BACKENDS[name].unavailable() or BACKENDS[name].unsupported(POOLED, x, weight, args)):
+        return None
+    return select(POOLED, "", x, weight, args, None, act)
 
 
 def _automatic(problem: Problem, x: Tensor, weight: Tensor | None, args) -> tuple[ModuleType, str, bool]:

@@ -14,7 +14,7 @@ from fused_resnet.models.registry import factory, register
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
 from fused_resnet.modules.blocks import BasicBlock, Bottleneck, PadShortcut, conv1x1, run_in_turn
-from fused_resnet.modules.max_pool import MaxPool2d
+from fused_resnet.modules.max_pool import MaxPool2d, conv_bn_act_max_pool
 
 SHORTCUTS = ("A", "B", "C", "none")
 
@@ -108,7 +108,10 @@ class ResNet(unit.FusedModule):
         return [stage for stage in (self.layer1, self.layer2, self.layer3, self.layer4) if stage is not None]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.stem(x))
+        if type(self).stem is ResNet.stem:
+            x = conv_bn_act_max_pool(self.conv1, self.bn1, self.maxpool, x)
+        else:
+            x = self.maxpool(self.stem(x))
         for stage in self.stages():  # no map is held for longer than its reader needs it
             x = run_blocks(stage, x, self.lean)
         return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -4,6 +4,17 @@ from torch import Tensor, nn
 
 from fused_resnet import ops
 from fused_resnet.modules import unit
+from fused_resnet.modules.batch_norm import uses_batch_statistics
+from fused_resnet.modules.prepared import prepared
+
+
+def conv_bn_act_max_pool(conv: nn.Module, bn: nn.Module, pool: nn.Module, x: Tensor, act: str = "relu") -> Tensor:
+    """Return `pool(act(bn(conv(x))))`: in inference as one kernel, where there is one for it."""
+    if type(pool) is MaxPool2d and pool.halves() and unit.fusible(conv, bn) and not uses_batch_statistics(bn):
+        run = prepared(conv, bn, x, None, act, max_pool=True)
+        if run is not None:
+            return run(x, None, None)
+    return pool(unit.conv_bn_act(conv, bn, x, act=act))
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -12,6 +23,12 @@ class MaxPool2d(nn.MaxPool2d):
     Shapes:
         x: [N, C, H, W]; returns: [N, C, P, Q].
     """
+
+    def halves(self) -> bool:
+        """Whether it is the 3x3 pooling with stride 2 and padding 1 of a ResNet, and nobody hooks it."""
+        geometry = [(v, v) if isinstance(v, int) else tuple(v) for v in (self.kernel_size, self.stride, self.padding)]
+        plain = not (self.return_indices or self.ceil_mode) and self.dilation in (1, (1, 1))
+        return plain and geometry == [(3, 3), (2, 2), (1, 1)] and not unit.hooked(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if unit.is_unfused() or self.return_indices or self.ceil_mode or self.dilation not in (1, (1, 1)):

@@ -23,9 +23,13 @@ MOST_SHAPES = 16
 _prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, act: str) -> Callable | None:
+def prepared(
+    conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, act: str, *, max_pool: bool = False
+) -> Callable | None:
     """Return `run(x, residual, out)` with the result of `act(bn(conv(x)) + residual)`, written to `out` or, for None,
     to a fresh tensor; None where the operator has to be called.
+
+    `max_pool`: with a 3x3 max-pool of stride 2 and padding 1 behind it, without a residual.
     """
     if not ops.may_call_directly(x, residual):
         return None
@@ -42,7 +46,7 @@ def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | 
     except (KeyError, RuntimeError):  # a parametrized convolution; inference tensors, whose changes are not counted
         return None
     key = (
-        x.shape, x.dtype, like_residual, act, conv.stride, conv.padding, conv.dilation, conv.groups,
+        max_pool, x.shape, x.dtype, like_residual, act, conv.stride, conv.padding, conv.dilation, conv.groups,
         *surroundings(),
     )  # fmt: skip
     kept_state, runs, _ = _prepared.get(conv, (None, {}, None))
@@ -50,9 +54,12 @@ def prepared(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | 
         runs = {}
         _prepared[conv] = (state, runs, [None if t is None else t.detach() for t in sources])
     if key not in runs:
-        runs[key] = ops.prepare_conv_scale_act(
-            x, conv.weight, *folded(bn, conv.bias), residual=residual, act=act,
-            stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
+        prepare, options = ops.prepare_conv_scale_act, {"residual": residual}
+        if max_pool:
+            prepare, options = ops.prepare_conv_scale_act_max_pool2d, {}
+        runs[key] = prepare(
+            x, conv.weight, *folded(bn, conv.bias), act=act,
+            stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups, **options,
         )  # fmt: skip
     return hold(runs[key], conv)
 

@@ -22,6 +22,7 @@ from fused_resnet.ops.library import (
     peel_act,
     second_order,
     select,
+    select_pooled,
 )
 
 
@@ -73,6 +74,13 @@ def prepare_conv_scale_act(x, weight, scale, shift, *, residual, stride, padding
         return None
     backend = select("conv_scale_act", "", x, weight, args, residual, act)
     return backend.prepare_conv_scale_act(x, weight, scale, shift, residual, args, act)
+
+
+def prepare_conv_scale_act_max_pool2d(x, weight, scale, shift, *, stride, padding, dilation, groups, act):
+    """As `prepare_conv_scale_act`, for the convolution and the 3x3 max-pool of stride 2 and padding 1 behind it."""
+    padded, args = _checked(x, weight, scale, shift, None, stride, padding, dilation, groups, act)
+    backend = select_pooled(x, weight, args, act) if padded is x and x.numel() else None
+    return None if backend is None else backend.prepare_conv_scale_act_max_pool2d(x, weight, scale, shift, args, act)
 
 
 def _checked(x, weight, scale, shift, residual, stride, padding, dilation, groups, act) -> tuple[Tensor, ConvArgs]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_resnet.backends import ACTIVATIONS as ACTIVATIONS
 from fused_resnet.backends import context_backend, reference
 from fused_resnet.backends import select as select
+from fused_resnet.backends import select_pooled as select_pooled
 from fused_resnet.ops.direct import followed
 
 LIBRARY = torch.library.Library("fused_resnet", "DEF")

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fused_resnet.backends import plan
 from fused_resnet.backends.packing import packed
-from fused_resnet.backends.problem import Problem
+from fused_resnet.backends.problem import POOLED, Problem
 from fused_resnet.backends.reference import channels_last
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-OPS = ("conv_scale_act", "scale_act", "add_act", "max_pool2d")
+OPS = ("conv_scale_act", POOLED, "scale_act", "add_act", "max_pool2d")
 
 # The interpreter has no compute capability: it runs the kernels of the newest GPU.
 INTERPRETED_CAPABILITY = (9, 0)
@@ -64,6 +64,9 @@ def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> 
         return "it has no kernels for training"
     if capability(x.device) < (8, 0):
         return f"{x.device} has compute capability {'.'.join(map(str, capability(x.device)))}; it needs 8.0"
+    if op == POOLED:
+        problem = Problem.of(op, x, weight, args, None, "none")
+        return "" if candidates(problem, x.device) else "no kernel of it takes this convolution with the pooling"
     return ""
 
 
@@ -156,7 +159,16 @@ def conv_scale_act(x, weight, scale, shift, residual, args, act):
 def prepare_conv_scale_act(x, weight, scale, shift, residual, args, act):
     """Return `run(x, residual, out)` for channels_last inputs like these; `out` is the residual or None."""
     problem = Problem.of("conv_scale_act", x, weight, args, residual, act)
-    family, config, _ = choose(problem, x.device)
+    return _prepare(problem, x.device, weight, scale, shift)
+
+
+def prepare_conv_scale_act_max_pool2d(x, weight, scale, shift, args, act):
+    """As `prepare_conv_scale_act`, without a residual and with the pooling."""
+    return _prepare(Problem.of(POOLED, x, weight, args, None, act), x.device, weight, scale, shift)
+
+
+def _prepare(problem, device, weight, scale, shift):
+    family, config, _ = choose(problem, device)
     return runner(problem, family, config, weight, scale, shift)
 
 
@@ -180,14 +192,12 @@ def runner(problem, family, config, weight, scale, shift):
 
 def scale_act(x, scale, shift, residual, act):
     problem = Problem.of("scale_act", x, None, None, residual, act)
-    family, config, _ = choose(problem, x.device)
-    return runner(problem, family, config, None, scale, shift)(x, residual, None)
+    return _prepare(problem, x.device, None, scale, shift)(x, residual, None)
 
 
 def add_act(x, residual, act):
     problem = Problem.of("add_act", x, None, None, residual, act)
-    family, config, _ = choose(problem, x.device)
-    return runner(problem, family, config, None, None, None)(x, residual, None)
+    return _prepare(problem, x.device, None, None, None)(x, residual, None)
 
 
 def add_act_backward(grad, y, x, residual, act):

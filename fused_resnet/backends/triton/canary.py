@@ -15,7 +15,7 @@ import torch
 import triton
 
 from fused_resnet.backends import reference
-from fused_resnet.backends.problem import Problem
+from fused_resnet.backends.problem import POOLED, Problem
 from fused_resnet.backends.triton import capability, run_launches
 from fused_resnet.backends.triton.launch import Config, Family
 from fused_resnet.files import cache_folder, write_atomically
@@ -102,6 +102,8 @@ def run(problem: Problem, family: Family, config: Config, device: torch.device):
     if problem.weight:
         pre = reference.convolution(x, weight, None, problem)
         expected = reference.act_forward(reference.affine(pre, scale, shift, residual), problem.act)
+        if problem.op == POOLED:
+            expected = reference.max_pool2d(expected, 3, 2, 1, None)
     elif problem.op == "add_act":
         expected = reference.add_act(x, residual, problem.act)
     else:

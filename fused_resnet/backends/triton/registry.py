@@ -1,17 +1,20 @@
 """The families of kernels, and which of them runs a problem in which configuration: a pure function of the problem."""
 
-from fused_resnet.backends.problem import Problem
-from fused_resnet.backends.triton import conv1x1, cudnn, elementwise, general, implicit_gemm
+from fused_resnet.backends.problem import POOLED, Problem
+from fused_resnet.backends.triton import conv1x1, cudnn, elementwise, general, implicit_gemm, stem, stem_pool
 from fused_resnet.backends.triton.launch import Config, Family
 
 # Those of one operator in the order in which they are asked: the special before the general.
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "conv_scale_act": (
+        stem.FAMILY,
+        stem_pool.ROWS,
         conv1x1.FAMILY,
         implicit_gemm.FAMILY,
         general.FAMILY,
         cudnn.FAMILY,
     ),
+    POOLED: (stem_pool.FAMILY,),
     "scale_act": (elementwise.SCALE_ACT,),
     "add_act": (elementwise.ADD_ACT,),
 }

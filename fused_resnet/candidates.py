@@ -1,0 +1,117 @@
+"""What is tried for a problem: the candidates, the tensors that they get, the truth and the clock."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet.backends import plan, reference
+from fused_resnet.backends import triton as backend
+from fused_resnet.backends.problem import POOLED, Problem
+
+REFERENCE = "reference"
+
+
+class Candidate(NamedTuple):
+    """One way to run a problem; `kernel` is "" for a backend's only one."""
+
+    backend: str
+    kernel: str
+    prepare: Callable[[], Callable[[], Tensor]]  # returns what computes the output, and nothing else, at every call
+
+    @property
+    def name(self) -> str:
+        return self.kernel or self.backend
+
+
+def candidates(problem: Problem, device: torch.device, most: int, entries: dict | None = None) -> list[Candidate]:
+    """The reference, then the kernels of the Triton backend, all on the same random tensors.
+
+    The reference of a convolution with its pooling is the two of them, the convolution as `entries`, a plan, has it.
+    """
+    x, weight, scale, shift, residual = tensors = random_tensors(problem, device)
+
+    def plain():
+        return lambda: run_reference(problem, tensors)
+
+    def separate():
+        before = problem._replace(op="conv_scale_act")
+        kernel = (entries or {}).get(plan.key_of(before), {}).get("kernel")
+        for family, config in backend.candidates(before, device):
+            if str(config) == kernel:
+                run = backend.runner(before, family, config, weight, scale, shift)
+                return lambda: F.max_pool2d(run(x, None, None), 3, 2, 1)
+        return plain()
+
+    def kernel(family, config):
+        run = backend.runner(problem, family, config, weight, scale, shift)
+        return lambda: run(x, residual, None)
+
+    found = [Candidate(REFERENCE, "", separate if problem.op == POOLED else plain)]
+    for family, config in backend.candidates(problem, device)[:most]:
+        found.append(Candidate("triton", str(config), partial(kernel, family, config)))
+    return found
+
+
+def run_reference(problem: Problem, tensors: tuple) -> Tensor:
+    x, weight, scale, shift, residual = tensors
+    if problem.op == "add_act":
+        return reference.add_act(x, residual, problem.act)
+    if problem.op == "scale_act":
+        return reference.scale_act(x, scale, shift, residual, problem.act)
+    y = reference.conv_scale_act(x, weight, scale, shift, residual, problem, problem.act)
+    return F.max_pool2d(y, 3, 2, 1) if problem.op == POOLED else y
+
+
+def random_tensors(problem: Problem, device: torch.device) -> tuple:
+    """x, weight, scale, shift and residual, or None, of the sizes that values in a network have."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(size, dtype=problem.dtype):
+        x = torch.randn(size, generator=generator, device=device).to(dtype)
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    weight, k = None, problem.output[1]
+    if problem.weight:
+        weight = normal(problem.weight, torch.float32)
+        weight = (weight / weight[0].numel() ** 0.5).to(problem.dtype)
+    scale, shift = normal((k,), torch.float32).abs() + 0.5, normal((k,), torch.float32)
+    return normal(problem.x), weight, scale, shift, normal(problem.output) if problem.residual else None
+
+
+def truth(problem: Problem, device: torch.device) -> Tensor:
+    """The result in fp32 without TF32; for fp32 itself in fp64."""
+    wide = torch.float64 if problem.dtype == torch.float32 else torch.float32
+    tensors = tuple(None if t is None else t.to(wide) for t in random_tensors(problem, device))
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        return run_reference(problem._replace(dtype=wide), tensors)
+
+
+def measure(run: Callable[[], object], device: torch.device, limit: float = float("inf")) -> float:
+    """Median microseconds of a call; on a GPU with a cold L2, by Triton's own benchmark.
+
+    One that is beyond `limit` at first sight is not measured again.
+    """
+    if device.type != "cuda":
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - start) * 1e6)
+            if times[-1] > limit:
+                break
+        return statistics.median(times)
+    from triton.testing import do_bench
+
+    guard = torch.cuda.device(device) if device.index is not None else contextlib.nullcontext()
+    with guard:
+        quick = do_bench(run, warmup=2, rep=5, return_mode="median") * 1e3
+        if quick > limit:
+            return quick
+        return do_bench(run, warmup=20, rep=60, return_mode="median") * 1e3
