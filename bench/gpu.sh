@@ -3,9 +3,9 @@
 #
 #     bench/gpu.sh OUTDIR [SECTION...]
 #
-# Sections: info build parity sanitizer quick layers ops models training memory accuracy startup. Each has its own time
-# limit, so that a slow one does not starve those after it, and none starts that the nine minutes have no room for.
-# Records, logs and summary.txt are written to OUTDIR as they come. It needs no network: torch, pytest and a compiler
+# Sections: info build parity sanitizer tune quick layers ops models training memory accuracy startup. Each has its own
+# time limit, so that a slow one does not starve those after it, and none starts that the nine minutes have no room for.
+# Records, logs, summary.txt and, in cache/, the plan that `tune` makes are written to OUTDIR as they come. It needs no network: torch, pytest and a compiler
 # are those that are there. PYTHON names the interpreter, TOTAL the seconds; DEVICE=cpu rehearses it without a GPU.
 set -uo pipefail
 
@@ -13,7 +13,7 @@ PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 TOTAL=${TOTAL:-540}
 LEAST=${LEAST:-10} # seconds without which no section starts
-ALL=(info build parity sanitizer quick layers ops models training memory accuracy startup)
+ALL=(info build parity sanitizer tune quick layers ops models training memory accuracy startup)
 
 usage() {
     sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" >&2
@@ -38,7 +38,7 @@ fi
 
 # Seconds each section may take. They add up to more than there is: most end long before.
 declare -A limit=(
-    [info]=30 [build]=150 [parity]=120 [sanitizer]=60 [quick]=120 [layers]=100 [ops]=60 [models]=120 [training]=90
+    [info]=30 [build]=150 [parity]=120 [sanitizer]=60 [tune]=150 [quick]=120 [layers]=100 [ops]=60 [models]=120 [training]=90
     [memory]=60 [accuracy]=60 [startup]=90
 )
 marker=$([[ $DEVICE == cuda ]] && echo gpu || echo "not slow and not gpu")
@@ -64,7 +64,13 @@ print(f"{major}.{minor}" + ("a" if major >= 9 else ""))')
     "$PYTHON" setup.py build_ext --inplace -q && "$PYTHON" -m fused_resnet info
 }
 
-parity() { "$PYTHON" -m pytest -q -m "$marker" -p no:cacheprovider tests/test_gpu_*.py; }
+parity() {
+    local code=0
+    "$PYTHON" -m pytest -q -m "$marker" -p no:cacheprovider tests/test_gpu_*.py || code=1
+    # Kernel by kernel: compiled on a GPU; in Triton's interpreter, as everywhere else, without one.
+    [[ $DEVICE != cuda ]] || "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton{,_stem,_grouped,_depthwise}.py || code=1
+    return $code
+}
 
 # The caching allocator would hide what lies outside of a tensor. Tiny shapes: every access is checked.
 sanitizer() {
@@ -77,6 +83,18 @@ sanitizer() {
             "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu_sanitizer.py || failed=1
     done
     return $failed
+}
+
+# The sections after it follow the plan. The verdicts of the kernels' first runs are kept beside it.
+tune() {
+    [[ $DEVICE == cuda ]] || { echo "no GPU: skipped"; return 0; }
+    local batch
+    for batch in 256 1; do
+        "$PYTHON" -m fused_resnet tune --model resnet50 --dtype bf16 --batch "$batch" --most 6 || return
+    done
+    for batch in 256 1; do
+        "$PYTHON" -m fused_resnet tune --model resnet34 --dtype bf16 --batch "$batch" --most 6 || return
+    done
 }
 
 # Without torch.compile, whose tuning takes a minute a network.
@@ -98,6 +116,7 @@ startup() { "${bench[@]}" startup "${common[@]}" --quick --dtype bf16; }
 
 # A section runs in a shell of its own under `timeout`, which ends its processes too.
 export PYTHON DEVICE out marker
+export FUSED_RESNET_CACHE=$out/cache
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 summary=$out/summary.txt
 : >"$summary"

@@ -118,6 +118,21 @@ def test_kernel_two_times(name, problem, dtype):
     assert name in seen or family_of(name).unsupported(problem, CAPABILITY)
 
 
+@dtypes(torch.bfloat16, torch.float16)
+def test_results_are_rounded_to_the_nearest(dtype):
+    """Of one sum, which fp32 holds whole; NaN and infinity stay. The interpreter's own casts to bf16 cut bits off."""
+    x, residual = (LAYOUTS["channels_last"](torch.randn(2, 64, 9, 9).to(dtype)).to(DEVICE) for _ in range(2))
+    x[0, :3, 0, 0] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    expected = (x.float() + residual.float()).to(dtype)
+    identity, one = torch.eye(64).to(DEVICE, dtype)[:, :, None, None], torch.ones(64, device=DEVICE)
+    sums = fr.ops.add_act(x, residual, act="none", backend="triton")
+    assert torch.equal(sums.nan_to_num(9.0), expected.nan_to_num(9.0))
+    finite = x.nan_to_num(0.0, 0.0, 0.0)
+    expected = (finite.float() + residual.float()).to(dtype)
+    y = fr.ops.conv_scale_act(finite, identity, one, 0 * one, residual=residual, act="none", backend="triton")
+    assert torch.equal(y, expected)
+
+
 def test_every_family_has_problems():
     """A family without one is not tested here: those with files of their own are named."""
     elsewhere = {"stem", "stem_rows", "stem_pool", "depthwise", "grouped"}

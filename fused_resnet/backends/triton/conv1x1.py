@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_resnet.backends.triton.epilogue import activate, dot
+from fused_resnet.backends.triton.epilogue import activate, dot, rounded
 from fused_resnet.backends.triton.launch import (
     Config,
     Family,
@@ -63,7 +63,7 @@ def conv1x1_fwd_kernel(
     y = acc * scale[None, :] + shift[None, :]
     if HAS_RESIDUAL:
         y += residual.to(tl.float32)
-    y_desc.store([m, n], activate(y, ACT).to(y_desc.dtype))
+    y_desc.store([m, n], rounded(activate(y, ACT), y_desc.dtype))
 
 
 def unsupported(problem, capability) -> str:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fused_resnet.backends.triton.epilogue import activate, pixel_numbers
+from fused_resnet.backends.triton.epilogue import activate, pixel_numbers, rounded
 from fused_resnet.backends.triton.launch import Config, Family, Launch, cdiv, is_wide, pixels, power_of_two
 
 # Elements a program of the flat kernels takes: 8 to each of 128 threads, twice.
@@ -30,7 +30,7 @@ def scale_act_fwd_kernel(
     y = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs, activate(y, ACT).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs, rounded(activate(y, ACT), y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def add_act_fwd_kernel(x_ptr, residual_ptr, y_ptr, COUNT, BLOCK: tl.constexpr, A
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs, mask=offs < COUNT, other=0.0).to(tl.float32)
     y = x + tl.load(residual_ptr + offs, mask=offs < COUNT, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs, activate(y, ACT).to(y_ptr.dtype.element_ty), mask=offs < COUNT)
+    tl.store(y_ptr + offs, rounded(activate(y, ACT), y_ptr.dtype.element_ty), mask=offs < COUNT)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def add_act_bwd_kernel(grad_ptr, y_ptr, x_ptr, residual_ptr, d_ptr, COUNT, BLOCK
             d = grad * gate * (1.0 + pre * (1.0 - gate))
         else:
             d = grad * tl.where(pre <= -3.0, 0.0, tl.where(pre >= 3.0, 1.0, pre / 3.0 + 0.5))
-    tl.store(d_ptr + offs, d.to(d_ptr.dtype.element_ty), mask=mask)
+    tl.store(d_ptr + offs, rounded(d, d_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])

@@ -1,4 +1,4 @@
-"""What the kernels share: products, activations, and the numbers of pixels."""
+"""What the kernels share: products, activations, rounding, and the numbers of pixels."""
 
 import triton
 import triton.language as tl
@@ -16,6 +16,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(y, dtype: tl.constexpr):
+    """y, in fp32, as `dtype`, rounded to the nearest: for bf16 the interpreter (3.6 and 3.7) only cuts bits off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = y.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        y = tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
+    return y.to(dtype)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_resnet.backends.triton.epilogue import activate, dot, pixel_numbers
+from fused_resnet.backends.triton.epilogue import activate, dot, pixel_numbers, rounded
 from fused_resnet.backends.triton.launch import (
     Config,
     Family,
@@ -102,7 +102,7 @@ def general_fwd_kernel(
     y_mask = (m < M)[:, None] & (n < GROUP_K)[None, :]
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + y_offs, mask=y_mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + y_offs, activate(y, ACT).to(y_ptr.dtype.element_ty), mask=y_mask)
+    tl.store(y_ptr + y_offs, rounded(activate(y, ACT), y_ptr.dtype.element_ty), mask=y_mask)
 
 
 def unsupported(problem, capability) -> str:

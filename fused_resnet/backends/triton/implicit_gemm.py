@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_resnet.backends.triton.epilogue import activate, dot
+from fused_resnet.backends.triton.epilogue import activate, dot, rounded
 from fused_resnet.backends.triton.launch import (
     Config,
     Family,
@@ -101,7 +101,7 @@ def implicit_gemm_fwd_kernel(
         y = acc * scale[:, None] + shift[:, None]  # [BLOCK_N, BLOCK_M]
         if HAS_RESIDUAL:
             y += residual_desc.load([i, p, q, n]).reshape(BLOCK_M, BLOCK_N).T.to(tl.float32)
-        y = activate(y, ACT).to(y_desc.dtype)
+        y = rounded(activate(y, ACT), y_desc.dtype)
         y_desc.store([i, p, q, n], y.T.reshape(BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N))
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fused_resnet.backends.triton.epilogue import activate
+from fused_resnet.backends.triton.epilogue import activate, rounded
 from fused_resnet.backends.triton.launch import Launch, cdiv, power_of_two
 
 
@@ -32,7 +32,7 @@ def split_k_reduce_kernel(
     y = y * scale[None, :] + shift[None, :]
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs, activate(y, ACT).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs, rounded(activate(y, ACT), y_ptr.dtype.element_ty), mask=mask)
 
 
 def reduce_launch(parts, problem, scale, shift, residual, out) -> Launch:

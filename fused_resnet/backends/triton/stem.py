@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_resnet.backends.triton.epilogue import activate, dot
+from fused_resnet.backends.triton.epilogue import activate, dot, rounded
 from fused_resnet.backends.triton.implicit_gemm import tile_shape
 from fused_resnet.backends.triton.launch import (
     Config,
@@ -120,7 +120,7 @@ def stem_fwd_kernel(
     y = acc * scale[:, None] + shift[:, None]  # [BLOCK_N, BLOCK_M]
     if HAS_RESIDUAL:
         y += residual_desc.load([i, p, q, n]).reshape(BLOCK_M, BLOCK_N).T.to(tl.float32)
-    y = activate(y, ACT).to(y_desc.dtype)
+    y = rounded(activate(y, ACT), y_desc.dtype)
     y_desc.store([i, p, q, n], y.T.reshape(BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_resnet.backends.triton import stem
-from fused_resnet.backends.triton.epilogue import activate, dot
+from fused_resnet.backends.triton.epilogue import activate, dot, rounded
 from fused_resnet.backends.triton.launch import Config, Family, Launch, cdiv, precision, rows
 from fused_resnet.backends.triton.stem import OVERLAPPING, PADDING, STEP, WINDOW, WRITTEN_OUT, Columns
 
@@ -117,7 +117,7 @@ def stem_rows_fwd_kernel(
             p_out = (p - 1) // 2
             done = (step >= 5) & (step % 2 == 1)
         mask = y_mask & done & (p_out < P_out)
-        tl.store(y_ptrs + p_out.to(tl.int64) * Q_out * K, y.to(y_ptr.dtype.element_ty).T, mask=mask)
+        tl.store(y_ptrs + p_out.to(tl.int64) * Q_out * K, rounded(y, y_ptr.dtype.element_ty).T, mask=mask)
 
 
 def unsupported(problem, capability) -> str:
