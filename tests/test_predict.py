@@ -14,8 +14,8 @@ from tolerances import tolerance
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.images import UnreadableImage, find_images, preprocess, read_image, ten_crop
 from fused_resnet.files import write_atomically
+from fused_resnet.images import UnreadableImage, find_images, preprocess, read_image, ten_crop
 from fused_resnet.predict import Prediction, as_csv, as_json, as_table, predict, probabilities
 
 SIZES = [(300, 200), (200, 301), (64, 64), (257, 640), (255, 254)]

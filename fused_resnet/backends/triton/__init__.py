@@ -174,7 +174,7 @@ def _prepare(problem, device, weight, scale, shift):
 
 def runner(problem, family, config, weight, scale, shift):
     """`run(x, residual, out)` of one kernel; what an operator does not have is None."""
-    form = ("triton", family.name, config.blocks, problem.dtype)
+    form = ("triton", family.name, config.blocks, problem.dtype, problem.groups)
     weights = None
     if weight is not None:
         weights = packed(weight, form, lambda: family.pack(weight.detach(), problem, config))

@@ -1,7 +1,17 @@
 """The families of kernels, and which of them runs a problem in which configuration: a pure function of the problem."""
 
 from fused_resnet.backends.problem import POOLED, Problem
-from fused_resnet.backends.triton import conv1x1, cudnn, elementwise, general, implicit_gemm, stem, stem_pool
+from fused_resnet.backends.triton import (
+    conv1x1,
+    cudnn,
+    depthwise,
+    elementwise,
+    general,
+    grouped,
+    implicit_gemm,
+    stem,
+    stem_pool,
+)
 from fused_resnet.backends.triton.launch import Config, Family
 
 # Those of one operator in the order in which they are asked: the special before the general.
@@ -9,6 +19,8 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
     "conv_scale_act": (
         stem.FAMILY,
         stem_pool.ROWS,
+        depthwise.FAMILY,
+        grouped.FAMILY,
         conv1x1.FAMILY,
         implicit_gemm.FAMILY,
         general.FAMILY,

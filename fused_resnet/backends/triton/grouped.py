@@ -1,0 +1,199 @@
+"""Grouped convolution, of ResNeXt: an implicit matrix product whose weight is block-diagonal within a tile.
+
+A tile of 64 output channels reads only the input channels of its own groups; the weight has zeros where an input
+channel is of another group than the output channel. Narrow groups waste products so, but not bytes: the image is read
+as by a convolution of one group per tile.
+
+A zero weight times another group's NaN or infinity is NaN. So a tile that has any NaN, which is rare, is computed again
+group by group, with zeros for the channels of the others.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_resnet.backends.triton.epilogue import activate, dot, rounded
+from fused_resnet.backends.triton.implicit_gemm import tile_shape
+from fused_resnet.backends.triton.launch import (
+    Config,
+    Family,
+    Launch,
+    aligned,
+    cdiv,
+    is_wide,
+    nhwc,
+    pixels,
+    precision,
+    rows,
+    tensor_cores,
+)
+
+NAME = "grouped"
+# Pixels and output channels of a tile, the most input channels of a step.
+BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+BLOCK_N = 64
+
+CONFIGS = (
+    Config(NAME, (128, BLOCK_N, 64), 4, 3),
+    Config(NAME, (128, BLOCK_N, 64), 4, 4),
+    Config(NAME, (256, BLOCK_N, 64), 8, 3),
+    Config(NAME, (64, BLOCK_N, 64), 4, 4),
+)
+
+
+@triton.jit
+def load_tap(
+    x_desc, i, p, q, first, step, C,
+    S: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr, CHANNEL_STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The pixels that a step reads, [BLOCK_M, BLOCK_K], from the channel `first` of the tile on."""
+    tap = step // CHANNEL_STEPS
+    c = first + (step % CHANNEL_STEPS) * BLOCK_K
+    h = (tap // S) * DIL_H - PAD_H
+    w = (tap % S) * DIL_W - PAD_W
+    if STRIDE == 2:
+        x = x_desc.load([i, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * C + c])
+    else:
+        x = x_desc.load([i, p + h, q + w, c])
+    return x.reshape(BLOCK_M, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["tiles_p", "tiles_q"])
+def grouped_fwd_kernel(
+    x_desc, w_desc, residual_desc, y_desc, scale_ptr, shift_ptr, K, tiles_p, tiles_q,
+    C: tl.constexpr, GROUP_C: tl.constexpr, GROUP_K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[i, p, q, k] = act(sum_rsc x[i, p*STRIDE+r*DIL_H-PAD_H, q*STRIDE+s*DIL_W-PAD_W, c] w[k, r, s, c] * scale[k]
+    + shift[k] + residual[i, p, q, k]), c over the channels of k's group.
+
+    One tile of BLOCK_I images, BLOCK_P rows and BLOCK_Q columns by BLOCK_N channels a program; fp32 accumulation.
+    """
+    BLOCK_M: tl.constexpr = BLOCK_I * BLOCK_P * BLOCK_Q
+    GROUPS: tl.constexpr = max(BLOCK_N // GROUP_K, 1)  # of a tile
+    CHANNEL_STEPS: tl.constexpr = GROUPS * GROUP_C // BLOCK_K
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    pid = tl.program_id(0)
+    n = (pid % tiles_n) * BLOCK_N
+    tile = pid // tiles_n
+    i = (tile // (tiles_p * tiles_q)) * BLOCK_I
+    p = (tile // tiles_q % tiles_p) * BLOCK_P
+    q = (tile % tiles_q) * BLOCK_Q
+    first = n // GROUP_K * GROUP_C
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(0, R * S * CHANNEL_STEPS):
+        x = load_tap(
+            x_desc, i, p, q, first, step, C,
+            S, STRIDE, PAD_H, PAD_W, DIL_H, DIL_W, CHANNEL_STEPS, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        acc = dot(w_desc.load([n, step * BLOCK_K]), x.T, acc, PRECISION)
+    if GROUPS > 1:  # noqa: SIM102 (decided by the compiler, the other one by the GPU)
+        if tl.max((acc != acc).to(tl.int32)) > 0:
+            group_n = tl.arange(0, BLOCK_N) // GROUP_K
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for group in range(0, GROUPS):
+                own = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                for step in tl.range(0, R * S * CHANNEL_STEPS, num_stages=1):
+                    x = load_tap(
+                        x_desc, i, p, q, first, step, C,
+                        S, STRIDE, PAD_H, PAD_W, DIL_H, DIL_W, CHANNEL_STEPS, BLOCK_M, BLOCK_K,
+                    )  # fmt: skip
+                    channel = (step % CHANNEL_STEPS) * BLOCK_K + tl.arange(0, BLOCK_K)
+                    x = tl.where((channel // GROUP_C == group)[None, :], x, 0.0)
+                    own = dot(w_desc.load([n, step * BLOCK_K]), x.T, own, PRECISION)
+                acc = tl.where((group_n == group)[:, None], own, acc)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    scale = tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)
+    shift = tl.load(shift_ptr + offs_n, mask=offs_n < K, other=0.0)
+    y = acc * scale[:, None] + shift[:, None]  # [BLOCK_N, BLOCK_M]
+    if HAS_RESIDUAL:
+        y += residual_desc.load([i, p, q, n]).reshape(BLOCK_M, BLOCK_N).T.to(tl.float32)
+    y = rounded(activate(y, ACT), y_desc.dtype)
+    y_desc.store([i, p, q, n], y.T.reshape(BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N))
+
+
+def tile_channels(problem) -> int:
+    """Input channels that a tile of output channels reads: of all its groups, or of the one that it is a part of."""
+    k, c = problem.weight[0] // problem.groups, problem.weight[1]
+    return max(BLOCK_N // k, 1) * c
+
+
+def unsupported(problem, capability) -> str:
+    _, c, h, w = problem.x
+    if problem.groups == 1 or problem.stride not in ((1, 1), (2, 2)):
+        return "it takes several groups and a stride of 1 or 2"
+    group_k, width = problem.weight[0] // problem.groups, tile_channels(problem)
+    if BLOCK_N % group_k and group_k % BLOCK_N:
+        return f"groups of {group_k} output channels do not fill tiles of {BLOCK_N}"
+    if width % BLOCK_N and width not in (16, 32):
+        return f"its tiles read {width} channels, which are no whole steps"
+    if not aligned(problem, c, problem.weight[0]):
+        return "its channels are not multiples of 16 bytes"
+    if problem.stride == (2, 2) and (h % 2 or w % 2):
+        return "stride 2 needs an even height and width"
+    if not tensor_cores(problem):
+        return "fp32 without TF32 has no tensor cores"
+    if is_wide(max(pixels(problem.x), pixels(problem.output))):
+        return "more than 2^31 pixels"
+    return "" if capability >= (9, 0) else "it needs TMA, of compute capability 9.0"
+
+
+def block_k(problem, config) -> int:
+    return min(config.blocks[2] * 2 // problem.dtype.itemsize, tile_channels(problem))
+
+
+def configs(problem, capability) -> list[Config]:
+    """The largest tiles of which there are enough for the SMs of an H200, two a SM."""
+    m, tiles_n = pixels(problem.output), cdiv(problem.weight[0], BLOCK_N)
+    wanted = 128 if cdiv(m, 128) * tiles_n >= 2 * 132 else 64
+    return sorted(CONFIGS, key=lambda c: abs(c.blocks[0] - wanted))
+
+
+def pack(weight, problem, config) -> torch.Tensor:
+    """[K, R * S * tile_channels], each output channel's filter at the place of its group in the tile."""
+    k, c, r, s = problem.weight
+    width = tile_channels(problem)
+    packed = weight.new_zeros((k, r, s, width // c, c), dtype=problem.dtype)
+    index = torch.arange(k, device=weight.device)
+    place = index // (k // problem.groups) % (width // c)
+    packed[index, :, :, place] = weight.detach().permute(0, 2, 3, 1).to(problem.dtype)
+    return packed.reshape(k, -1)
+
+
+def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[Launch, ...]:
+    block_m = config.blocks[0]
+    step, (n, c), k, (p, q) = block_k(problem, config), problem.x[:2], problem.weight[0], problem.size
+    tile = tile_shape(n, p, q, block_m)
+    tiles = cdiv(n, tile[0]), cdiv(p, tile[1]), cdiv(q, tile[2])
+    y_desc = nhwc(out, *tile, BLOCK_N)
+    residual_desc = y_desc if residual is None else nhwc(residual, *tile, BLOCK_N)
+    args = (
+        _image(problem, x, tile, step), rows(weights, BLOCK_N, step), residual_desc, y_desc, scale, shift, k,
+        tiles[1], tiles[2],
+    )  # fmt: skip
+    constants = {
+        "C": c, "GROUP_C": problem.weight[1], "GROUP_K": k // problem.groups,
+        "R": problem.weight[2], "S": problem.weight[3], "STRIDE": problem.stride[0],
+        "PAD_H": problem.padding[0], "PAD_W": problem.padding[1],
+        "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "BLOCK_I": tile[0], "BLOCK_P": tile[1], "BLOCK_Q": tile[2], "BLOCK_N": BLOCK_N, "BLOCK_K": step,
+        "HAS_RESIDUAL": residual is not None, "ACT": problem.act, "PRECISION": precision(problem),
+    }  # fmt: skip
+    grid = tiles[0] * tiles[1] * tiles[2] * cdiv(k, BLOCK_N)
+    return (Launch(grouped_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages),)
+
+
+def _image(problem, x, tile, step: int) -> TensorDescriptor:
+    """With stride 2, [N, H/2, 2, W/2, 2C]: beyond the last channel lie those of the next column, times zeros."""
+    if problem.stride == (1, 1):
+        return nhwc(x, *tile, step)
+    n, c, h, w = problem.x
+    strides = [h * w * c, 2 * w * c, w * c, 2 * c, 1]
+    return TensorDescriptor(x, [n, h // 2, 2, w // 2, 2 * c], strides, [tile[0], tile[1], 1, tile[2], step])
+
+
+FAMILY = Family(NAME, unsupported, configs, pack, launches)
