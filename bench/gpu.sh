@@ -66,9 +66,9 @@ print(f"{major}.{minor}" + ("a" if major >= 9 else ""))')
 
 parity() {
     local code=0
-    "$PYTHON" -m pytest -q -m "$marker" -p no:cacheprovider tests/test_gpu_*.py || code=1
+    "$PYTHON" -m pytest -q -m "$marker" -p no:cacheprovider tests/test_gpu_*.py || code=$?
     # Kernel by kernel: compiled on a GPU; in Triton's interpreter, as everywhere else, without one.
-    [[ $DEVICE != cuda ]] || "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton{,_stem,_grouped,_depthwise}.py || code=1
+    [[ $DEVICE != cuda ]] || "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton{,_stem,_grouped,_depthwise}.py || code=$?
     return $code
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fused_resnet import predict
+from fused_resnet import kernels, predict, tune_command
 from fused_resnet._version import __version__
 from fused_resnet.backends import backend_report, use_backend
 from fused_resnet.backends.cpu import extension_missing
@@ -28,6 +28,8 @@ EXAMPLES = {
     "verify": "fused-resnet verify --model resnet18 --size 64 --batch 2 --dtype bf16",
     "predict": "fused-resnet predict photos/ --model resnet50 --weights resnet50.pth --topk 3",
     "demo": "fused-resnet demo --out demo_out",
+    "tune": "fused-resnet tune --model resnet50 --batch 256 --dtype bf16",
+    "kernels": "fused-resnet kernels --arch sm_80 sm_90 --family conv1x1",
 }
 
 
@@ -54,6 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     predict.add_arguments(_command(commands, "predict", predict.run, "The likeliest classes of images."))
     _add_demo(commands)
+    tune_command.add_arguments(
+        _command(commands, "tune", tune_command.run, "Measure every kernel for a network on this GPU; keep a plan.")
+    )
+    kernels.add_arguments(
+        _command(commands, "kernels", kernels.run, "Compile every kernel, without a GPU, and see that it fits.")
+    )
     return parser
 
 

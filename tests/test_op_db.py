@@ -21,6 +21,7 @@ OP_INFO = {op.name: op for op in op_db if op.name in ("nn.functional.conv2d", "n
 # torch 2.13 has 30 and 12 samples, of which two are 1-d and empty. Images without a batch, and batch_norm's 2-d and 3-d
 # inputs, are given the dimensions that they lack.
 LEAST_CONVOLUTIONS, LEAST_BATCH_NORMS = 30, 10
+LEAST_IN_INFERENCE = 5  # batch norms; what a backend without kernels for training has to take
 
 
 def samples(name: str, dtype: torch.dtype):
@@ -69,7 +70,7 @@ def test_op_db_conv2d(dtype, backend):
 
         compare(fused, eager, (x, weight, bias))
         done += 1
-    if dtype == torch.float16 and backend != "reference":
+    if dtype == torch.float16 and backend == "cpu":
         assert done == 0
         pytest.skip(f"{backend}: {left_out[-1]}")
     assert done >= LEAST_CONVOLUTIONS, left_out
@@ -104,10 +105,10 @@ def test_op_db_batch_norm(dtype, backend):
 
         compare(fused, eager, (x, weight, bias))
         done += 1
-    if dtype == torch.float16 and backend != "reference":
+    if dtype == torch.float16 and backend == "cpu":
         assert done == 0
         pytest.skip(f"{backend}: {left_out[0]}")
-    assert done >= LEAST_BATCH_NORMS, left_out
+    assert done >= (LEAST_IN_INFERENCE if backend == "triton" else LEAST_BATCH_NORMS), left_out
 
 
 def test_op_db_has_both():
