@@ -18,7 +18,7 @@ from fused_resnet.parity import compare
 if "triton" not in BACKEND_NAMES:
     pytest.skip(backend_report()["triton"], allow_module_level=True)
 
-from fused_resnet.backends.triton import canary, elementwise, epilogue, implicit_gemm, registry
+from fused_resnet.backends.triton import canary, elementwise, epilogue, registry, tiles
 from fused_resnet.backends.triton.launch import Config, Launch, is_wide
 
 poison = pytest.fixture(autouse=True)(poisoned)
@@ -154,14 +154,14 @@ def test_config_text_is_read_back():
 @pytest.mark.parametrize("edge", [56, 28, 14, 7])
 @pytest.mark.parametrize("block_m", [128, 256])
 def test_tile_shape_wastes_nothing_on_large_batches(edge, block_m):
-    images, p, q = implicit_gemm.tile_shape(256, edge, edge, block_m)
+    images, p, q = tiles.tile_shape(256, edge, edge, block_m)
     assert images * p * q == block_m
     assert 256 % images == edge % p == edge % q == 0
 
 
 def test_tile_shape_on_small_batches():
-    assert implicit_gemm.tile_shape(1, 56, 56, 64) == (1, 8, 8)
-    images, p, q = implicit_gemm.tile_shape(1, 1, 300, 256)
+    assert tiles.tile_shape(1, 56, 56, 64) == (1, 8, 8)
+    images, p, q = tiles.tile_shape(1, 1, 300, 256)
     assert (images, p, q) == (1, 1, 256)
 
 

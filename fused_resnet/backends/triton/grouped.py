@@ -11,10 +11,8 @@ group by group, with zeros for the channels of the others.
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_resnet.backends.triton.epilogue import activate, dot, rounded
-from fused_resnet.backends.triton.implicit_gemm import tile_shape
+from fused_resnet.backends.triton.epilogue import dot
 from fused_resnet.backends.triton.launch import (
     Config,
     Family,
@@ -28,6 +26,7 @@ from fused_resnet.backends.triton.launch import (
     rows,
     tensor_cores,
 )
+from fused_resnet.backends.triton.tiles import count_tiles, finish, image, load_tap, place, tile_shape, window
 
 NAME = "grouped"
 # Pixels and output channels of a tile, the most input channels of a step.
@@ -40,24 +39,6 @@ CONFIGS = (
     Config(NAME, (256, BLOCK_N, 64), 8, 3),
     Config(NAME, (64, BLOCK_N, 64), 4, 4),
 )
-
-
-@triton.jit
-def load_tap(
-    x_desc, i, p, q, first, step, C,
-    S: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr, CHANNEL_STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The pixels that a step reads, [BLOCK_M, BLOCK_K], from the channel `first` of the tile on."""
-    tap = step // CHANNEL_STEPS
-    c = first + (step % CHANNEL_STEPS) * BLOCK_K
-    h = (tap // S) * DIL_H - PAD_H
-    w = (tap % S) * DIL_W - PAD_W
-    if STRIDE == 2:
-        x = x_desc.load([i, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * C + c])
-    else:
-        x = x_desc.load([i, p + h, q + w, c])
-    return x.reshape(BLOCK_M, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["tiles_p", "tiles_q"])
@@ -80,9 +61,7 @@ def grouped_fwd_kernel(
     pid = tl.program_id(0)
     n = (pid % tiles_n) * BLOCK_N
     tile = pid // tiles_n
-    i = (tile // (tiles_p * tiles_q)) * BLOCK_I
-    p = (tile // tiles_q % tiles_p) * BLOCK_P
-    q = (tile % tiles_q) * BLOCK_Q
+    i, p, q = place(tile, tiles_p, tiles_q, BLOCK_I, BLOCK_P, BLOCK_Q)
     first = n // GROUP_K * GROUP_C
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(0, R * S * CHANNEL_STEPS):
@@ -106,14 +85,10 @@ def grouped_fwd_kernel(
                     x = tl.where((channel // GROUP_C == group)[None, :], x, 0.0)
                     own = dot(w_desc.load([n, step * BLOCK_K]), x.T, own, PRECISION)
                 acc = tl.where((group_n == group)[:, None], own, acc)
-    offs_n = n + tl.arange(0, BLOCK_N)
-    scale = tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)
-    shift = tl.load(shift_ptr + offs_n, mask=offs_n < K, other=0.0)
-    y = acc * scale[:, None] + shift[:, None]  # [BLOCK_N, BLOCK_M]
-    if HAS_RESIDUAL:
-        y += residual_desc.load([i, p, q, n]).reshape(BLOCK_M, BLOCK_N).T.to(tl.float32)
-    y = rounded(activate(y, ACT), y_desc.dtype)
-    y_desc.store([i, p, q, n], y.T.reshape(BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N))
+    finish(
+        acc, residual_desc, y_desc, scale_ptr, shift_ptr, i, p, q, n, K,
+        BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N, HAS_RESIDUAL, ACT,
+    )  # fmt: skip
 
 
 def tile_channels(problem) -> int:
@@ -168,32 +143,20 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     block_m = config.blocks[0]
     step, (n, c), k, (p, q) = block_k(problem, config), problem.x[:2], problem.weight[0], problem.size
     tile = tile_shape(n, p, q, block_m)
-    tiles = cdiv(n, tile[0]), cdiv(p, tile[1]), cdiv(q, tile[2])
+    tiles = count_tiles(problem, tile)
     y_desc = nhwc(out, *tile, BLOCK_N)
     residual_desc = y_desc if residual is None else nhwc(residual, *tile, BLOCK_N)
     args = (
-        _image(problem, x, tile, step), rows(weights, BLOCK_N, step), residual_desc, y_desc, scale, shift, k,
+        image(problem, x, tile, step), rows(weights, BLOCK_N, step), residual_desc, y_desc, scale, shift, k,
         tiles[1], tiles[2],
     )  # fmt: skip
     constants = {
-        "C": c, "GROUP_C": problem.weight[1], "GROUP_K": k // problem.groups,
-        "R": problem.weight[2], "S": problem.weight[3], "STRIDE": problem.stride[0],
-        "PAD_H": problem.padding[0], "PAD_W": problem.padding[1],
-        "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "C": c, "GROUP_C": problem.weight[1], "GROUP_K": k // problem.groups, **window(problem),
         "BLOCK_I": tile[0], "BLOCK_P": tile[1], "BLOCK_Q": tile[2], "BLOCK_N": BLOCK_N, "BLOCK_K": step,
         "HAS_RESIDUAL": residual is not None, "ACT": problem.act, "PRECISION": precision(problem),
     }  # fmt: skip
     grid = tiles[0] * tiles[1] * tiles[2] * cdiv(k, BLOCK_N)
     return (Launch(grouped_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages),)
-
-
-def _image(problem, x, tile, step: int) -> TensorDescriptor:
-    """With stride 2, [N, H/2, 2, W/2, 2C]: beyond the last channel lie those of the next column, times zeros."""
-    if problem.stride == (1, 1):
-        return nhwc(x, *tile, step)
-    n, c, h, w = problem.x
-    strides = [h * w * c, 2 * w * c, w * c, 2 * c, 1]
-    return TensorDescriptor(x, [n, h // 2, 2, w // 2, 2 * c], strides, [tile[0], tile[1], 1, tile[2], step])
 
 
 FAMILY = Family(NAME, unsupported, configs, pack, launches)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_resnet.backends.triton.epilogue import activate, dot, rounded
+from fused_resnet.backends.triton.epilogue import dot
 from fused_resnet.backends.triton.launch import (
     Config,
     Family,
@@ -28,6 +28,7 @@ from fused_resnet.backends.triton.launch import (
     tensor_cores,
 )
 from fused_resnet.backends.triton.split_k import reduce_launch
+from fused_resnet.backends.triton.tiles import count_tiles, finish, image, load_tap, place, tile_shape, window
 
 NAME = "implicit_gemm"
 # Pixels and output channels of a tile, input channels of a step, parts of the sum. How the pixels lie is
@@ -75,34 +76,23 @@ def implicit_gemm_fwd_kernel(
     n = (pid % tiles_n) * BLOCK_N
     split = pid // tiles_n % SPLITS
     tile = pid // (tiles_n * SPLITS)
-    i = (tile // (tiles_p * tiles_q)) * BLOCK_I
-    p = (tile // tiles_q % tiles_p) * BLOCK_P
-    q = (tile % tiles_q) * BLOCK_Q
+    i, p, q = place(tile, tiles_p, tiles_q, BLOCK_I, BLOCK_P, BLOCK_Q)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for index in range(0, PART):
         step = split * PART + index
-        tap = step // CHANNEL_STEPS
-        c = (step % CHANNEL_STEPS) * BLOCK_K
-        h = (tap // S) * DIL_H - PAD_H
-        w = (tap % S) * DIL_W - PAD_W
-        if STRIDE == 2:
-            x = x_desc.load([i, p + (h >> 1), h & 1, q + (w >> 1), (w & 1) * C + c])
-        else:
-            x = x_desc.load([i, p + h, q + w, c])
-        x = x.reshape(BLOCK_M, BLOCK_K)
+        x = load_tap(
+            x_desc, i, p, q, 0, step, C,
+            S, STRIDE, PAD_H, PAD_W, DIL_H, DIL_W, CHANNEL_STEPS, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
         acc = dot(w_desc.load([n, step * BLOCK_K]), x.T, acc, PRECISION)
     if SPLITS > 1:
         parts = acc.T.reshape(1, BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N)
         y_desc.store([split, i, p, q, n], parts)
     else:
-        offs_n = n + tl.arange(0, BLOCK_N)
-        scale = tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)
-        shift = tl.load(shift_ptr + offs_n, mask=offs_n < K, other=0.0)
-        y = acc * scale[:, None] + shift[:, None]  # [BLOCK_N, BLOCK_M]
-        if HAS_RESIDUAL:
-            y += residual_desc.load([i, p, q, n]).reshape(BLOCK_M, BLOCK_N).T.to(tl.float32)
-        y = rounded(activate(y, ACT), y_desc.dtype)
-        y_desc.store([i, p, q, n], y.T.reshape(BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N))
+        finish(
+            acc, residual_desc, y_desc, scale_ptr, shift_ptr, i, p, q, n, K,
+            BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N, HAS_RESIDUAL, ACT,
+        )  # fmt: skip
 
 
 def unsupported(problem, capability) -> str:
@@ -168,23 +158,6 @@ def configs(problem, capability) -> list[Config]:
     return sorted([*whole, *split], key=cost)
 
 
-def tile_shape(n: int, p: int, q: int, block_m: int) -> tuple[int, int, int]:
-    """Images, rows and columns of a tile of `block_m` pixels with the least waste; of equals, the squarest.
-
-    A square reads fewest pixels beyond its edges, and those are in L1 and L2; tiles over several images waste nothing
-    on small maps of large batches.
-    """
-
-    def cost(shape):
-        i, rows, columns = shape
-        computed = cdiv(n, i) * i * cdiv(p, rows) * rows * cdiv(q, columns) * columns
-        return computed, (rows + 2) * (columns + 2) / (rows * columns)
-
-    powers = [1 << e for e in range(block_m.bit_length())]
-    shapes = [(block_m // (r * s), r, s) for r in powers for s in powers if r * s <= block_m]
-    return min((s for s in shapes if max(s) <= 256), key=cost)  # TMA takes no more than 256 of a dimension
-
-
 def pack(weight, problem, config) -> torch.Tensor:
     """[K, R * S * C] with the channels of each tap filled up with zeros to whole steps."""
     k, c, r, s = problem.weight
@@ -198,33 +171,23 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     block_m, block_n, _, splits = config.blocks
     step, (n, c), k, (p, q) = block_k(problem, config), problem.x[:2], problem.weight[0], problem.size
     tile = tile_shape(n, p, q, block_m)
-    tiles = cdiv(n, tile[0]), cdiv(p, tile[1]), cdiv(q, tile[2])
+    tiles = count_tiles(problem, tile)
     if splits > 1:
         parts = torch.empty((splits, n, p, q, k), dtype=torch.float32, device=x.device)
         y_desc = TensorDescriptor.from_tensor(parts, [1, *tile, block_n])
     else:
         y_desc = nhwc(out, *tile, block_n)
     residual_desc = y_desc if residual is None or splits > 1 else nhwc(residual, *tile, block_n)
-    x_desc = _image(problem, x, tile, step)
+    x_desc = image(problem, x, tile, step)
     args = (x_desc, rows(weights, block_n, step), residual_desc, y_desc, scale, shift, k, tiles[1], tiles[2])
     constants = {
-        "C": c, "R": problem.weight[2], "S": problem.weight[3], "STRIDE": problem.stride[0],
-        "PAD_H": problem.padding[0], "PAD_W": problem.padding[1],
-        "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "C": c, **window(problem),
         "BLOCK_I": tile[0], "BLOCK_P": tile[1], "BLOCK_Q": tile[2], "BLOCK_N": block_n, "BLOCK_K": step,
         "SPLITS": splits, "HAS_RESIDUAL": residual is not None, "ACT": problem.act, "PRECISION": precision(problem),
     }  # fmt: skip
     grid = tiles[0] * tiles[1] * tiles[2] * cdiv(k, block_n) * splits
     first = Launch(implicit_gemm_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages)
     return (first, reduce_launch(parts, problem, scale, shift, residual, out)) if splits > 1 else (first,)
-
-
-def _image(problem, x, tile, step: int) -> TensorDescriptor:
-    if problem.stride == (1, 1):
-        return nhwc(x, *tile, step)
-    n, c, h, w = problem.x
-    strides = [h * w * c, 2 * w * c, w * c, 2 * c, 1]
-    return TensorDescriptor(x, [n, h // 2, 2, w // 2, 2 * c], strides, [tile[0], tile[1], 1, tile[2], step])
 
 
 FAMILY = Family(NAME, unsupported, configs, pack, launches)

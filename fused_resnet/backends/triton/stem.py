@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_resnet.backends.triton.epilogue import activate, dot, rounded
-from fused_resnet.backends.triton.implicit_gemm import tile_shape
+from fused_resnet.backends.triton.epilogue import dot
 from fused_resnet.backends.triton.launch import (
     Config,
     Family,
@@ -31,6 +30,7 @@ from fused_resnet.backends.triton.launch import (
     rows,
     tensor_cores,
 )
+from fused_resnet.backends.triton.tiles import count_tiles, finish, place, tile_shape
 
 NAME = "stem"
 # Pixels and output channels of a tile; elements from one window of the workspace to the next.
@@ -107,21 +107,15 @@ def stem_fwd_kernel(
     pid = tl.program_id(0)
     n = (pid % tiles_n) * BLOCK_N
     tile = pid // tiles_n
-    i = (tile // (tiles_p * tiles_q)) * BLOCK_I
-    p = (tile // tiles_q % tiles_p) * BLOCK_P
-    q = (tile % tiles_q) * BLOCK_Q
+    i, p, q = place(tile, tiles_p, tiles_q, BLOCK_I, BLOCK_P, BLOCK_Q)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for r in range(0, R):
         x = x_desc.load([i, p + r // 2, r % 2, q, 0]).reshape(BLOCK_M, STEP)
         acc = dot(w_desc.load([n, r * STEP]), x.T, acc, PRECISION)
-    offs_n = n + tl.arange(0, BLOCK_N)
-    scale = tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)
-    shift = tl.load(shift_ptr + offs_n, mask=offs_n < K, other=0.0)
-    y = acc * scale[:, None] + shift[:, None]  # [BLOCK_N, BLOCK_M]
-    if HAS_RESIDUAL:
-        y += residual_desc.load([i, p, q, n]).reshape(BLOCK_M, BLOCK_N).T.to(tl.float32)
-    y = rounded(activate(y, ACT), y_desc.dtype)
-    y_desc.store([i, p, q, n], y.T.reshape(BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N))
+    finish(
+        acc, residual_desc, y_desc, scale_ptr, shift_ptr, i, p, q, n, K,
+        BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N, HAS_RESIDUAL, ACT,
+    )  # fmt: skip
 
 
 def unsupported(problem, capability) -> str:
@@ -181,7 +175,7 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     x_desc = TensorDescriptor(space, [n, height // 2, 2, q, WINDOW], strides, [tile[0], tile[1], 1, tile[2], STEP])
     y_desc = nhwc(out, *tile, block_n)
     residual_desc = y_desc if residual is None else nhwc(residual, *tile, block_n)
-    tiles = cdiv(n, tile[0]), cdiv(p, tile[1]), cdiv(q, tile[2])
+    tiles = count_tiles(problem, tile)
     args = (x_desc, rows(weights, block_n, STEP), residual_desc, y_desc, scale, shift, k, tiles[1], tiles[2])
     constants = {
         "R": R, "STEP": STEP, "BLOCK_I": tile[0], "BLOCK_P": tile[1], "BLOCK_Q": tile[2], "BLOCK_N": block_n,
