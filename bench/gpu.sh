@@ -38,7 +38,7 @@ fi
 
 # Seconds each section may take. They add up to more than there is: most end long before.
 declare -A limit=(
-    [info]=30 [build]=150 [parity]=120 [sanitizer]=60 [tune]=150 [quick]=120 [layers]=100 [ops]=60 [models]=120 [training]=90
+    [info]=30 [build]=150 [parity]=150 [sanitizer]=60 [tune]=200 [quick]=120 [layers]=100 [ops]=60 [models]=120 [training]=90
     [memory]=60 [accuracy]=60 [startup]=90
 )
 marker=$([[ $DEVICE == cuda ]] && echo gpu || echo "not slow and not gpu")
@@ -68,7 +68,8 @@ parity() {
     local code=0
     "$PYTHON" -m pytest -q -m "$marker" -p no:cacheprovider tests/test_gpu_*.py || code=$?
     # Kernel by kernel: compiled on a GPU; in Triton's interpreter, as everywhere else, without one.
-    [[ $DEVICE != cuda ]] || "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton{,_stem,_grouped,_depthwise}.py || code=$?
+    [[ $DEVICE != cuda ]] || "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider \
+        tests/test_triton{,_stem,_grouped,_depthwise}.py || code=$?
     return $code
 }
 
@@ -88,12 +89,11 @@ sanitizer() {
 # The sections after it follow the plan. The verdicts of the kernels' first runs are kept beside it.
 tune() {
     [[ $DEVICE == cuda ]] || { echo "no GPU: skipped"; return 0; }
-    local batch
-    for batch in 256 1; do
-        "$PYTHON" -m fused_resnet tune --model resnet50 --dtype bf16 --batch "$batch" --most 6 || return
-    done
-    for batch in 256 1; do
-        "$PYTHON" -m fused_resnet tune --model resnet34 --dtype bf16 --batch "$batch" --most 6 || return
+    local model batch
+    for model in resnet50 resnet34; do
+        for batch in 1 256; do
+            "$PYTHON" -m fused_resnet tune --model "$model" --dtype bf16 --batch "$batch" --most 6 || return
+        done
     done
 }
 

@@ -89,8 +89,22 @@ def truth(problem: Problem, device: torch.device) -> Tensor:
     """The result in fp32 without TF32; for fp32 itself in fp64."""
     wide = torch.float64 if problem.dtype == torch.float32 else torch.float32
     tensors = tuple(None if t is None else t.to(wide) for t in random_tensors(problem, device))
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+    with _full_fp32():
         return run_reference(problem._replace(dtype=wide), tensors)
+
+
+@contextlib.contextmanager
+def _full_fp32():
+    """Convolutions without TF32, whichever of torch's switches it was set by."""
+    if not plan.tf32():
+        yield
+        return
+    switch = torch.backends.cudnn.conv
+    before, switch.fp32_precision = switch.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 def measure(run: Callable[[], object], device: torch.device, limit: float = float("inf")) -> float:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
 
@@ -26,4 +27,12 @@ def cache_folder() -> Path:
     own = os.environ.get("FUSED_RESNET_CACHE")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_resnet"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_resnet"
+    except RuntimeError:  # a user without a home
+        return _of_this_process()
+
+
+@cache
+def _of_this_process() -> Path:
+    return Path(tempfile.mkdtemp(prefix="fused_resnet_"))

@@ -72,6 +72,9 @@ class GraphedModel:
                     return found(x)
             return self.model(x)
 
+    def __reduce__(self):
+        raise TypeError("a GraphedModel cannot be copied or pickled; copy its .model, and call fr.graph for the copy")
+
     def reset(self) -> None:
         """Drop every graph and its memory: each shape is captured again at its next call."""
         with self._lock:

@@ -28,18 +28,19 @@ def run(args: argparse.Namespace) -> int:
     if reason:
         raise UsageError(f"the backend 'triton' is not available: {reason}")
     device = torch.device("cpu" if triton.interpreted() else "cuda:0")
-    model = build_model(args).to(device, DTYPES[args.dtype]).eval()
-    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
-    images = torch.randn(args.batch, channels, args.size, args.size, device=device, dtype=DTYPES[args.dtype])
-    images = images.contiguous(memory_format=torch.channels_last)
+    model = build_model(args)
 
     def progress(problems):
         return tqdm(problems, desc="tune", unit="problem")
 
     try:
+        model = model.to(device, DTYPES[args.dtype]).eval()
+        channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+        images = torch.randn(args.batch, channels, args.size, args.size, device=device, dtype=DTYPES[args.dtype])
+        images = images.contiguous(memory_format=torch.channels_last)
         report = tune(model, images, path=args.out, most=args.most, progress=progress)
     except KeyboardInterrupt:
-        print("interrupted: what was measured is kept in the plan", file=sys.stderr)
+        print("interrupted: the problems that were finished are in the plan", file=sys.stderr)
         raise
     except (ValueError, RuntimeError, OSError) as error:
         raise UsageError(str(error)) from error

@@ -80,7 +80,8 @@ def tune(
         progress: wraps the list of problems, as `tqdm` does.
 
     Raises:
-        ValueError: a model in training mode, or nothing in it that could be tuned.
+        ValueError: a model in training mode, or nothing in it that could be tuned; a file that is not this GPU's plan.
+        OSError: the plan cannot be written.
         RuntimeError: the Triton backend is not available, or the example is not where it runs.
     """
     _check(model, example)
@@ -89,7 +90,8 @@ def tune(
     problems = problems_of(model, example)
     if not problems:
         raise ValueError("tune: the model has no fused operator; convert it first, or use this package's modules")
-    report, entries = TuneReport(name, str(path)), plan.read(path)
+    report, entries = TuneReport(name, str(path)), plan.own(path, name)
+    plan.write(path, name, versions(), entries)  # before anything is measured: can it be written?
     try:
         for problem in progress(problems):
             row, entry = _tune_problem(problem, example.device, most, entries)

@@ -236,9 +236,34 @@ def test_canary_that_fails_leaves_the_kernel_out(ran, monkeypatch, how):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convolve()
+        if how == "wrong":
+            forget()
+            convolve()
+    if how == "raises":  # a disk that was full, a compiler that was missing: a new process tries again
         forget()
-        convolve()
+        with pytest.warns(UserWarning, match="is left out"):
+            convolve()
     assert ran == []
+
+
+@pytest.mark.parametrize(
+    "big",
+    [
+        ((1, 512, 7, 7), (512, 512, 3, 3), (1, 1)),
+        ((1, 2048, 7, 7), (512, 2048, 1, 1), (0, 0)),
+        ((1, 128, 28, 28), (128, 128, 3, 3), (1, 1)),
+    ],
+    ids=["3x3", "1x1", "28px"],
+)
+def test_canary_of_a_split_sum_passes(big):
+    """The tiny problem must not have another number of parts."""
+    x, weight, padding = big
+    whole = Problem("conv_scale_act", x, torch.float16, weight, padding=padding, act="relu")
+    family, config = registry.heuristic(whole, (9, 0))
+    assert config.blocks[-1] > 1
+    small = canary.tiny(whole)
+    expected, out = canary.run(small, family, config, torch.device("cpu") if DEVICE.type == "cpu" else DEVICE)
+    assert torch.equal(out, expected)
 
 
 def test_canary_out_of_memory_is_no_verdict(cache, ran, monkeypatch):
@@ -293,8 +318,10 @@ def test_tiny_problem_is_small_and_of_the_same_kind():
         "conv_scale_act", (256, 512, 56, 57), torch.bfloat16, (2048, 512, 3, 3), (2, 2), (1, 1), (1, 1), 1, True, "silu"
     )
     small = canary.tiny(big)
-    assert small.x == (3, 192, 12, 13)
-    assert small.weight == (192, 192, 3, 3)
+    assert small.x == (3, 512, 12, 13)
+    assert small.weight == (192, 512, 3, 3)
+    wide = canary.tiny(big._replace(x=(8, 64, 32, 32), weight=(64, 64, 3, 3), dilation=(6, 6), padding=(6, 6)))
+    assert wide.x[2:] == (14, 14)
     assert (small.stride, small.residual, small.act) == (big.stride, True, "relu")
     for groups, width in ((32, 4), (960, 1), (2, 256)):
         grouped = canary.tiny(

@@ -152,6 +152,36 @@ def test_tune_adds_to_a_plan(clock):
     assert len(entries(report)) == 6
 
 
+def test_tune_overwrites_nothing_else(tmp_path):
+    model, x = unit()
+    for text, error in (('{"mine": 1}', "is there and is not a plan"), ("", "is there and is not a plan")):
+        (tmp_path / "mine.json").write_text(text)
+        with pytest.raises(ValueError, match=error):
+            fr.tune(model, x, path=tmp_path / "mine.json")
+        assert (tmp_path / "mine.json").read_text() == text
+    plan.write(tmp_path / "other.json", "another GPU", tuning.versions(), {})
+    with pytest.raises(ValueError, match="is the plan of 'another GPU', and this is"):
+        fr.tune(model, x, path=tmp_path / "other.json")
+    with pytest.raises(ValueError, match="is there and is not a plan: IsADirectoryError"):
+        fr.tune(model, x, path=tmp_path)
+    with pytest.raises(OSError):
+        fr.tune(model, x, path=tmp_path / "mine.json" / "plan.json")
+
+
+def test_the_two_switches_of_tf32(monkeypatch):
+    """`tune` works whichever of them was used, and leaves it as it was."""
+    problem, switch = tuning.problems_of(*unit())[0], torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            switch.fp32_precision = precision
+            candidates.truth(problem, DEVICE)
+            assert switch.fp32_precision == precision
+            assert plan.tf32() == (precision == "tf32")
+    finally:
+        switch.fp32_precision = before
+
+
 def test_tune_errors(tmp_path):
     model, x = unit()
     with pytest.raises(ValueError, match="tune: the model is in training mode"):

@@ -127,6 +127,24 @@ def read(path: Path) -> dict[str, dict]:
         return {}
 
 
+def own(path: Path, device: str) -> dict[str, dict]:
+    """The problems of a plan that is about to be written again; none where there is no file, or one of other kernels.
+
+    Raises:
+        ValueError: the file is something else, or the plan of another device.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        whose = found["device"] if isinstance(found["problems"], dict) else None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is there and is not a plan: {error!r}") from error
+    if whose != device:
+        raise ValueError(f"{path} is the plan of {whose!r}, and this is {device!r}")
+    return read(path)
+
+
 def write(path: Path, device: str, versions: dict[str, str], problems: dict[str, dict]) -> None:
     """Write a plan, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from fused_resnet import ops
 from fused_resnet.backends import surroundings
-from fused_resnet.backends.packing import forgotten, hold
+from fused_resnet.backends.packing import computed_now, forgotten, hold
 from fused_resnet.modules.batch_norm import folded
 
 # A convolution is kept ready for this many shapes of input.
 MOST_SHAPES = 16
+
+_UNKNOWN = object()
 
 # For each convolution: the state of what its kernel is derived from, a kernel, or None, for each input, and those
 # tensors' memory (freed by `.data =` or `.to()`, its address could come back with other contents).
@@ -33,7 +35,7 @@ def prepared(
     """
     if not ops.may_call_directly(x, residual):
         return None
-    like_residual = None if residual is None else (residual.shape, residual.dtype)
+    like_residual = None if residual is None else (residual.shape, residual.dtype, residual.device)
     parameters, bn_parameters, buffers = conv._parameters, bn._parameters, bn._buffers
     try:
         sources = (
@@ -46,22 +48,25 @@ def prepared(
     except (KeyError, RuntimeError):  # a parametrized convolution; inference tensors, whose changes are not counted
         return None
     key = (
-        max_pool, x.shape, x.dtype, like_residual, act, conv.stride, conv.padding, conv.dilation, conv.groups,
+        max_pool, x.shape, x.dtype, x.device, like_residual, act, conv.stride, conv.padding, conv.dilation, conv.groups,
         *surroundings(),
     )  # fmt: skip
     kept_state, runs, _ = _prepared.get(conv, (None, {}, None))
     if kept_state != state or len(runs) > MOST_SHAPES:
         runs = {}
         _prepared[conv] = (state, runs, [None if t is None else t.detach() for t in sources])
-    if key not in runs:
+    run = runs.get(key, _UNKNOWN)
+    if run is _UNKNOWN:
         prepare, options = ops.prepare_conv_scale_act, {"residual": residual}
         if max_pool:
             prepare, options = ops.prepare_conv_scale_act_max_pool2d, {}
-        runs[key] = prepare(
+        run = prepare(
             x, conv.weight, *folded(bn, conv.bias), act=act,
             stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups, **options,
         )  # fmt: skip
-    return hold(runs[key], conv)
+        if computed_now(x):
+            runs[key] = run
+    return hold(run, conv)
 
 
 def forget_prepared(conv: nn.Module) -> None:

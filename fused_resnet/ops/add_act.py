@@ -69,7 +69,7 @@ def _backward(ctx, grad):
 def _backward_impl(grad, y, x, residual, act, backend):
     if grad.numel() == 0:
         return _backward_fake(grad, y, x, residual, act, backend)
-    return select("add_act", backend, y, residual=y, act=act).add_act_backward(grad, y, x, residual, act)
+    return select("add_act_backward", backend, y, residual=y, act=act).add_act_backward(grad, y, x, residual, act)
 
 
 def _backward_fake(grad, y, x, residual, act, backend):

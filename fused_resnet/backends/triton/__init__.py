@@ -13,16 +13,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import plan
+from fused_resnet.backends import plan, reference
 from fused_resnet.backends.packing import packed
 from fused_resnet.backends.problem import POOLED, Problem
 from fused_resnet.backends.reference import channels_last
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-OPS = ("conv_scale_act", POOLED, "scale_act", "add_act", "max_pool2d")
+OPS = ("conv_scale_act", POOLED, "scale_act", "add_act", "add_act_backward", "max_pool2d")
 
 # The interpreter has no compute capability: it runs the kernels of the newest GPU.
 INTERPRETED_CAPABILITY = (9, 0)
+
+MOST_POOLED = 25
 
 _interpreting = threading.RLock()
 
@@ -110,7 +112,7 @@ def candidates(problem: Problem, device: torch.device) -> list[tuple]:
 
 def explain(problem: Problem, device: torch.device) -> str:
     """Which kernel runs the problem, and who chose it; for the log."""
-    if problem.op not in _registry().FAMILIES:
+    if not candidates(problem, device):
         return ""
     _, config, source = choose(problem, device)
     return f"{config}, by the {source}"
@@ -118,6 +120,8 @@ def explain(problem: Problem, device: torch.device) -> str:
 
 def trusted(problem: Problem, device: torch.device) -> bool | None:
     """Whether the kernel's first run on this GPU was right; None: it was not tried, and cannot be now."""
+    if not candidates(problem, device):
+        return False
     from fused_resnet.backends.triton.canary import verdict
 
     family, config, _ = choose(problem, device)
@@ -143,7 +147,10 @@ def _ready(x: Tensor | None) -> Tensor | None:
     """x as the kernels read it: channels_last, and from an address that is a multiple of 16, as TMA needs it."""
     if x is None:
         return None
-    x = channels_last(x)
+    return _aligned(channels_last(x))
+
+
+def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
@@ -174,10 +181,10 @@ def _prepare(problem, device, weight, scale, shift):
 
 def runner(problem, family, config, weight, scale, shift):
     """`run(x, residual, out)` of one kernel; what an operator does not have is None."""
-    form = ("triton", family.name, config.blocks, problem.dtype, problem.groups)
+    form = ("triton", family.name, family.packed_by(config), problem.dtype, problem.groups)
     weights = None
     if weight is not None:
-        weights = packed(weight, form, lambda: family.pack(weight.detach(), problem, config))
+        weights = packed(weight, form, lambda: _aligned(family.pack(weight.detach(), problem, config)))
     scale, shift = (None if t is None else t.detach().float().contiguous() for t in (scale, shift))
 
     def run(x, residual, out):
@@ -214,6 +221,8 @@ def add_act_backward(grad, y, x, residual, act):
 def max_pool2d(x, kernel, stride, padding, size):
     from fused_resnet.backends.triton.elementwise import max_pool2d_launch
 
+    if kernel[0] * kernel[1] > MOST_POOLED:  # each is a load in the code
+        return reference.max_pool2d(x, kernel, stride, padding, size)
     x = channels_last(x)
     out = empty((*x.shape[:2], *size), x)
     run_launches([max_pool2d_launch(x, kernel, stride, padding, out)], x.device)

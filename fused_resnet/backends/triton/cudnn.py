@@ -1,4 +1,4 @@
-"""PyTorch's own convolution (cuDNN on a GPU), and one launch for all that follows: no slower than PyTorch anywhere."""
+"""PyTorch's own convolution (cuDNN on a GPU), and one launch for all that follows it."""
 
 from typing import NamedTuple
 

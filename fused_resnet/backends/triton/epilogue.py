@@ -49,5 +49,5 @@ def activate(y, ACT: tl.constexpr):
 def pixel_numbers(tile, WIDE: tl.constexpr, BLOCK_M: tl.constexpr):
     """The numbers of a tile's pixels, [BLOCK_M]: in 64 bits, which divide slowly, only where they leave 32."""
     if WIDE:
-        return tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tile = tile.to(tl.int64)
     return tile * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -159,4 +159,4 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     return (Launch(grouped_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages),)
 
 
-FAMILY = Family(NAME, unsupported, configs, pack, launches)
+FAMILY = Family(NAME, unsupported, configs, pack, launches, packed_by=lambda config: config.blocks[2])

@@ -172,6 +172,8 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     step, (n, c), k, (p, q) = block_k(problem, config), problem.x[:2], problem.weight[0], problem.size
     tile = tile_shape(n, p, q, block_m)
     tiles = count_tiles(problem, tile)
+    if _steps(problem, config) % splits:
+        raise ValueError(f"{config}: its sum has {_steps(problem, config)} steps, which are not {splits} equal parts")
     if splits > 1:
         parts = torch.empty((splits, n, p, q, k), dtype=torch.float32, device=x.device)
         y_desc = TensorDescriptor.from_tensor(parts, [1, *tile, block_n])
@@ -190,4 +192,4 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     return (first, reduce_launch(parts, problem, scale, shift, residual, out)) if splits > 1 else (first,)
 
 
-FAMILY = Family(NAME, unsupported, configs, pack, launches)
+FAMILY = Family(NAME, unsupported, configs, pack, launches, packed_by=lambda config: config.blocks[2])

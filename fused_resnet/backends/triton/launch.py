@@ -66,7 +66,7 @@ class Family(NamedTuple):
 
     unsupported(problem, capability): why it cannot run the problem; "": it can.
     configs(problem, capability): the configurations that fit, the likeliest first.
-    pack(weight, problem, config): the weight as the kernel reads it.
+    pack(weight, problem, config): the weight as the kernel reads it; equal for equal `packed_by(config)`.
     launches(problem, config, x, weights, scale, shift, residual, out): the launches, in order, of channels_last
         tensors that are not empty; `out` may be the residual.
     """
@@ -76,6 +76,7 @@ class Family(NamedTuple):
     configs: Callable
     pack: Callable
     launches: Callable
+    packed_by: Callable = lambda config: ()
 
 
 def cdiv(a: int, b: int) -> int:
