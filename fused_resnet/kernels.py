@@ -89,7 +89,8 @@ def compile_all(wanted: Iterable) -> list[dict[str, Any]]:
 
 
 def _compile(row) -> dict[str, Any]:
-    from fused_resnet.backends.triton.compiled import compile_launch, shared_memory
+    from fused_resnet.backends.triton.compiled import compile_launch
+    from fused_resnet.backends.triton.launch import shared_memory
 
     about = {
         "architecture": "sm_{}{}".format(*row.capability),

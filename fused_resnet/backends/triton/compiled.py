@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_resnet.backends.triton.launch import SHARED_MEMORY, Launch
+from fused_resnet.backends.triton.launch import Launch, shared_memory
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -34,12 +34,6 @@ class Compiled(NamedTuple):
     def fits(self, capability: tuple[int, int]) -> bool:
         """Whether a block fits the device, with all in registers."""
         return self.spill_bytes == 0 and self.shared_bytes <= shared_memory(capability)
-
-
-def shared_memory(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory that a block may take; of an unknown device, what the nearest older one has."""
-    known = [c for c in SHARED_MEMORY if c <= capability]
-    return SHARED_MEMORY[max(known)] if known else 48 << 10
 
 
 def _type(value) -> str:

@@ -35,8 +35,8 @@ CONFIGS = (
 
 @triton.jit(do_not_specialize=["M"])
 def conv1x1_fwd_kernel(
-    x_desc, w_desc, y_desc, residual_ptr, scale_ptr, shift_ptr, M, K,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_desc, w_desc, y_desc, residual_ptr, scale_ptr, shift_ptr, M,
+    C: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y[m, k] = act(sum_c x[m, c] w[k, c] * scale[k] + shift[k] + residual[m, k]); m runs over N * H * W.
@@ -98,10 +98,10 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     m, k = pixels(problem.x), problem.weight[0]
     args = (
         rows(x, block_m, block_k), rows(weights, block_n, block_k), rows(out, block_m, block_n),
-        out if residual is None else residual, scale, shift, m, k,
+        out if residual is None else residual, scale, shift, m,
     )  # fmt: skip
     constants = {
-        "C": problem.x[1], "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+        "C": problem.x[1], "K": k, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
         "HAS_RESIDUAL": residual is not None, "ACT": problem.act, "PRECISION": precision(problem),
     }  # fmt: skip
     grid = cdiv(m, block_m) * cdiv(k, block_n)

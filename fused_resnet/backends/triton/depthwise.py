@@ -165,7 +165,10 @@ def configs(problem, capability) -> list[Config]:
         return lanes * (1 + max(s - stride, 0) / (2 * stride * block_q))
 
     found = []
-    for columns, channels in [t for t in THREADS if registers(problem, *t) <= REGISTERS][:4]:
+    fit = [t for t in THREADS if registers(problem, *t) <= REGISTERS]
+    if stride == 2 and len(fit) > 1:
+        fit = [t for t in fit if t != (4, 1)]  # which spills
+    for columns, channels in fit[:4]:
         for block_q, block_c in sorted(TILES, key=waste)[:2]:
             warps = block_q * block_c // (32 * columns * channels)
             tiles = n * cdiv(q, block_q) * cdiv(k, block_c)

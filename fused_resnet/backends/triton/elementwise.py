@@ -12,8 +12,8 @@ FLAT_BLOCK = 2048
 
 @triton.jit(do_not_specialize=["M"])
 def scale_act_fwd_kernel(
-    x_ptr, residual_ptr, y_ptr, scale_ptr, shift_ptr, M, C,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    x_ptr, residual_ptr, y_ptr, scale_ptr, shift_ptr, M,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """y[m, c] = act(x[m, c] * scale[c] + shift[c] + residual[m, c]), m over N * H * W; in fp32.
 
@@ -70,8 +70,8 @@ def add_act_bwd_kernel(grad_ptr, y_ptr, x_ptr, residual_ptr, d_ptr, COUNT, BLOCK
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])
 def max_pool2d_fwd_kernel(
-    x_ptr, y_ptr, M, H, W, P, Q, C,
-    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    x_ptr, y_ptr, M, H, W, P, Q,
+    C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y[m, c] = max over the window of x, m = (i, p, q); NaN where there is one; padding counts as -inf."""
@@ -115,8 +115,14 @@ def scale_configs(problem, capability) -> list[Config]:
 def scale_launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[Launch, ...]:
     m, c = pixels(problem.x), problem.x[1]
     block_m, block_c = config.blocks
-    args = (x, x if residual is None else residual, out, scale, shift, m, c)
-    constants = {"BLOCK_M": block_m, "BLOCK_C": block_c, "HAS_RESIDUAL": residual is not None, "ACT": problem.act}
+    args = (x, x if residual is None else residual, out, scale, shift, m)
+    constants = {
+        "C": c,
+        "BLOCK_M": block_m,
+        "BLOCK_C": block_c,
+        "HAS_RESIDUAL": residual is not None,
+        "ACT": problem.act,
+    }
     grid = cdiv(m, block_m) * cdiv(c, block_c)
     return (Launch(scale_act_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages),)
 
@@ -147,9 +153,9 @@ def max_pool2d_launch(x, kernel, stride, padding, out) -> Launch:
     block_c = power_of_two(c, 1, 64)
     block_m = 1024 // block_c
     m = n * p * q
-    args = (x, out, m, h, w, p, q, c)
+    args = (x, out, m, h, w, p, q)
     constants = {
-        "R": kernel[0], "S": kernel[1], "STRIDE_H": stride[0], "STRIDE_W": stride[1],
+        "C": c, "R": kernel[0], "S": kernel[1], "STRIDE_H": stride[0], "STRIDE_W": stride[1],
         "PAD_H": padding[0], "PAD_W": padding[1], "WIDE": is_wide(max(pixels(x.shape), m)),
         "BLOCK_M": block_m, "BLOCK_C": block_c,
     }  # fmt: skip

@@ -119,6 +119,7 @@ def configs(problem, capability) -> list[Config]:
         if (config.blocks[1] < 2 * k or config.blocks[1] == 16)
         and (config.blocks[2] < 2 * c or config.blocks[2] <= 32)
         and _in_registers(problem, config)
+        and (config != CONFIGS[2] or capability >= (9, 0))  # which spills without wgmma
     ]
     wanted = 64 if few else 128
     return sorted(fit, key=lambda c: (abs(c.blocks[1] - min(k, wanted)), few and c.blocks[0] > 64, -c.blocks[2]))

@@ -25,6 +25,7 @@ from fused_resnet.backends.triton.launch import (
     pixels,
     precision,
     rows,
+    takes_large_tiles,
     tensor_cores,
 )
 from fused_resnet.backends.triton.split_k import reduce_launch
@@ -145,6 +146,7 @@ def configs(problem, capability) -> list[Config]:
     """
     k, m = problem.weight[0], pixels(problem.output)
     whole = [c for c in CONFIGS if _fits(problem, c) and c.blocks[1] < 2 * max(k, 64)]
+    whole = [c for c in whole if c.blocks[0] < 256 or takes_large_tiles(capability)]
     few = cdiv(m, 64) * cdiv(k, 64) < PROGRAMS
     split = [part for config in whole for part in _split(problem, config)] if few else []
 

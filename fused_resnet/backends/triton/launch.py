@@ -21,6 +21,12 @@ SHARED_MEMORY = {
 }
 
 
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may take; of an unknown device, what the nearest older one has."""
+    known = [c for c in SHARED_MEMORY if c <= capability]
+    return SHARED_MEMORY[max(known)] if known else 48 << 10
+
+
 class Config(NamedTuple):
     """One way to run a kernel: the sizes of its tile in the order of its family's `BLOCKS`, warps and stages."""
 
@@ -113,6 +119,11 @@ def precision(problem) -> str:
 def tensor_cores(problem) -> bool:
     """Whether the products may be taken by tensor cores: 16-bit, or fp32 where TF32 is allowed."""
     return problem.dtype != torch.float32 or tf32()
+
+
+def takes_large_tiles(capability: tuple[int, int]) -> bool:
+    """Whether tiles of 256 pixels with their stages fit into a block's shared memory."""
+    return shared_memory(capability) >= 160 << 10
 
 
 def is_wide(count: int) -> bool:

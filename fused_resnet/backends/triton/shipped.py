@@ -73,9 +73,12 @@ PROBLEMS: dict[str, tuple[tuple[Problem, str], ...]] = {
         (conv((256, 96, 112, 112), 96, 3, stride=2, groups=96, act="relu6"), "bf16 fp32"),
         (conv((256, 192, 28, 28), 192, 3, stride=2, groups=192, act="relu6"), "bf16 fp32"),
         (conv((256, 576, 14, 14), 576, 3, stride=2, groups=576, act="relu6"), "bf16 fp32"),
-        (conv((8, 3, 14, 14), 3, 3, stride=2, groups=3), "bf16"),  # rows of channels that are not aligned
+        (conv((8, 3, 14, 14), 3, 3, groups=3), "bf16 fp32"),  # rows of channels that are not aligned
+        (conv((256, 3, 56, 56), 3, 3, groups=3), "bf16 fp32"),
+        (conv((1, 3, 7, 7), 3, 3, groups=3), "fp32"),
         (conv((1, 144, 56, 56), 144, 5, stride=2, groups=144, act="silu"), "bf16"),  # EfficientNet
         (conv((32, 96, 56, 56), 96, 7, groups=96, act="none"), "bf16"),  # ConvNeXt
+        (conv((32, 96, 56, 56), 96, 7, stride=2, groups=96, act="none"), "bf16 fp32"),
     ),
     "grouped": (
         (conv((256, 128, 56, 56), 128, 3, groups=32, residual=True), "bf16 fp16 tf32"),  # ResNeXt-50 32x4d

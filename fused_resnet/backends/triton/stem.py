@@ -28,6 +28,7 @@ from fused_resnet.backends.triton.launch import (
     pixels,
     precision,
     rows,
+    takes_large_tiles,
     tensor_cores,
 )
 from fused_resnet.backends.triton.tiles import count_tiles, finish, place, tile_shape
@@ -139,6 +140,7 @@ def configs(problem, capability) -> list[Config]:
     k, m = problem.weight[0], pixels(problem.output)
     wanted = 64 if cdiv(m, 128) * cdiv(k, 64) < 132 else 128  # SMs of an H200
     fit = [c for c in CONFIGS if c.blocks[1] == 64 or k > 64]
+    fit = [c for c in fit if max(c.blocks[:2]) == 64 or takes_large_tiles(capability)]
     return sorted(fit, key=lambda c: (c.blocks[2], abs(c.blocks[0] - wanted), c.blocks[1]))
 
 
