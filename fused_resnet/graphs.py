@@ -127,8 +127,8 @@ def graph(model: nn.Module, example: Tensor, *, max_shapes: int = 8) -> GraphedM
     their next calls. What PyTorch does not count (written through `.data`, by an optimizer with `fused=True`, by the
     replay of another graph) is known after `model.train()` or `model.eval()`, after which the graphs of fused modules
     are captured anew, too: do not call them for every input. What only Python would have seen is not noticed:
-    attributes (`eps`, `stride`, `act`), hooks, tensors that are neither parameters nor buffers, flags such as TF32.
-    After such a change, call `reset()`.
+    attributes (`eps`, `stride`, `act`), hooks, tensors that are neither parameters nor buffers, flags such as TF32, a
+    new plan. After such a change, call `reset()`.
 
     Where there is nothing to replay the model itself is called, with gradients: in training mode, for an input that
     requires grad (where gradients are enabled), is not on a CUDA device or is of a subclass, under autocast,

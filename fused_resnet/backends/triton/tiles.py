@@ -1,5 +1,7 @@
 """Tiles of an image over batch, rows and columns: their shape, how TMA reads a tap of them, and how one is finished."""
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -8,6 +10,7 @@ from fused_resnet.backends.triton.epilogue import activate, rounded
 from fused_resnet.backends.triton.launch import cdiv, nhwc
 
 
+@lru_cache(4096)  # asked at every launch
 def tile_shape(n: int, p: int, q: int, block_m: int) -> tuple[int, int, int]:
     """Images, rows and columns of a tile of `block_m` pixels with the least waste; of equals, the squarest.
 
