@@ -4,6 +4,7 @@ Its result must be the reference's, bit by bit. The verdict is kept on disk, for
 and the sources of the kernels; a kernel that fails is left out, with one warning.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -170,25 +171,34 @@ def _path(device: torch.device) -> Path:
     return cache_folder() / f"verdicts-{arch}-triton{triton.__version__}-torch{torch.__version__}-{_sources()}.json"
 
 
+def _parse(path: Path) -> dict[str, bool]:
+    """The verdicts of a file; OSError, ValueError, KeyError, TypeError or AttributeError where there are none."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["format"] != FORMAT or not all(type(value) is bool for value in found["verdicts"].values()):
+        raise ValueError("another format")
+    return found["verdicts"]
+
+
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
 def _read(path: Path) -> dict[str, bool]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT or not all(type(value) is bool for value in found["verdicts"].values()):
-            raise ValueError("another format")
-        return found["verdicts"]
-    except OSError:  # no file, or none that can be read: the kernels run once more
+        return _parse(path)
+    except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except BROKEN as error:
         warnings.warn(f"{path} is broken and is ignored: {error!r}", stacklevel=2)
         return {}
 
 
 def _write(path: Path, key: str, right: bool) -> None:
-    """With what other processes have found since; a folder that cannot be written costs the next run the trial."""
+    """With what other processes have found since; where it cannot be written, the next run has to try again."""
+    verdicts = {key: right}
+    with contextlib.suppress(*BROKEN):  # of a broken one `_read` has warned
+        verdicts = {**_parse(path), **verdicts}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings(action="ignore"):
-            verdicts = {**_read(path), key: right}
         write_atomically(path, json.dumps({"format": FORMAT, "verdicts": verdicts}, indent=1, sort_keys=True) + "\n")
-    except OSError:
-        pass
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written, so that kernels are tried in every run: {error}", stacklevel=2)
