@@ -30,20 +30,20 @@ class Candidate(NamedTuple):
         return self.kernel or self.backend
 
 
-def candidates(problem: Problem, device: torch.device, most: int, entries: dict | None = None) -> list[Candidate]:
-    """The reference, then the kernels of the Triton backend, all on the same random tensors.
+def candidates(problem: Problem, tensors: tuple, most: int, entries: dict | None = None) -> list[Candidate]:
+    """The reference, then the kernels of the Triton backend, all on the same `random_tensors`.
 
     The reference of a convolution with its pooling is the two of them, the convolution as `entries`, a plan, has it.
     """
-    x, weight, scale, shift, residual = tensors = random_tensors(problem, device)
+    x, weight, scale, shift, residual = tensors
 
     def plain():
-        return lambda: run_reference(problem, tensors)
+        return lambda: reference.compute(problem, *tensors)
 
     def separate():
         before = problem._replace(op="conv_scale_act")
         kernel = (entries or {}).get(plan.key_of(before), {}).get("kernel")
-        for family, config in backend.candidates(before, device):
+        for family, config in backend.candidates(before, x.device):
             if str(config) == kernel:
                 run = backend.runner(before, family, config, weight, scale, shift)
                 return lambda: F.max_pool2d(run(x, None, None), 3, 2, 1)
@@ -54,19 +54,9 @@ def candidates(problem: Problem, device: torch.device, most: int, entries: dict 
         return lambda: run(x, residual, None)
 
     found = [Candidate(REFERENCE, "", separate if problem.op == POOLED else plain)]
-    for family, config in backend.candidates(problem, device)[:most]:
+    for family, config in backend.candidates(problem, x.device)[:most]:
         found.append(Candidate("triton", str(config), partial(kernel, family, config)))
     return found
-
-
-def run_reference(problem: Problem, tensors: tuple) -> Tensor:
-    x, weight, scale, shift, residual = tensors
-    if problem.op == "add_act":
-        return reference.add_act(x, residual, problem.act)
-    if problem.op == "scale_act":
-        return reference.scale_act(x, scale, shift, residual, problem.act)
-    y = reference.conv_scale_act(x, weight, scale, shift, residual, problem, problem.act)
-    return F.max_pool2d(y, 3, 2, 1) if problem.op == POOLED else y
 
 
 def random_tensors(problem: Problem, device: torch.device) -> tuple:
@@ -85,12 +75,11 @@ def random_tensors(problem: Problem, device: torch.device) -> tuple:
     return normal(problem.x), weight, scale, shift, normal(problem.output) if problem.residual else None
 
 
-def truth(problem: Problem, device: torch.device) -> Tensor:
+def truth(problem: Problem, tensors: tuple) -> Tensor:
     """The result in fp32 without TF32; for fp32 itself in fp64."""
     wide = torch.float64 if problem.dtype == torch.float32 else torch.float32
-    tensors = tuple(None if t is None else t.to(wide) for t in random_tensors(problem, device))
     with _full_fp32():
-        return run_reference(problem._replace(dtype=wide), tensors)
+        return reference.compute(problem._replace(dtype=wide), *(None if t is None else t.to(wide) for t in tensors))
 
 
 @contextlib.contextmanager

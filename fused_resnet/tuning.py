@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet._version import __version__
-from fused_resnet.backends import plan
+from fused_resnet.backends import plan, reference
 from fused_resnet.backends import triton as backend
 from fused_resnet.backends.problem import POOLED, Problem
-from fused_resnet.candidates import candidates, measure, random_tensors, run_reference, truth
+from fused_resnet.candidates import candidates, measure, random_tensors, truth
 from fused_resnet.parity import compare, table
 
 # A candidate that takes so many times as long as the best one so far is not measured to the end.
@@ -158,9 +158,10 @@ def problems_of(model: nn.Module, example: Tensor) -> list[Problem]:
 
 @torch.no_grad()
 def _tune_problem(problem: Problem, device: torch.device, most: int, entries: dict) -> tuple[Tuned, dict]:
-    first, *others = candidates(problem, device, most, entries)
+    tensors = random_tensors(problem, device)
+    first, *others = candidates(problem, tensors, most, entries)
     run = first.prepare()
-    eager, exact = run_reference(problem, random_tensors(problem, device)), truth(problem, device)
+    eager, exact = reference.compute(problem, *tensors), truth(problem, tensors)
     times, wrong = {first.name: measure(run, device)}, {}
     best = first
     for candidate in others:

@@ -106,8 +106,9 @@ def test_kernel_two_times(name, problem, dtype):
     """As `tune` checks a candidate: random values, the first configuration of each family."""
     problem = problem._replace(dtype=dtype, act="silu")
     with torch.no_grad():
-        exact = trials.truth(problem, DEVICE)
-        eager, *found = (c for c in trials.candidates(problem, DEVICE, 99))
+        tensors = trials.random_tensors(problem, DEVICE)
+        exact = trials.truth(problem, tensors)
+        eager, *found = trials.candidates(problem, tensors, 99)
         seen = set()
         for candidate in found:
             family = Config.parse(candidate.kernel).family

@@ -177,7 +177,7 @@ def test_the_two_switches_of_tf32(monkeypatch):
     try:
         for precision in ("ieee", "tf32"):
             switch.fp32_precision = precision
-            candidates.truth(problem, DEVICE)
+            candidates.truth(problem, candidates.random_tensors(problem, DEVICE))
             assert switch.fp32_precision == precision
             assert plan.tf32() == (precision == "tf32")
     finally:

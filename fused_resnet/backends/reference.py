@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.backends.problem import POOLED
+
 
 def unavailable() -> str:
     """The reason why this backend cannot be used; empty: it can."""
@@ -130,6 +132,16 @@ def add_act(x, residual, act):
 
 def add_act_backward(grad, y, x, residual, act):
     return channels_last(act_backward(grad, y, None if x is None else x + residual, act))
+
+
+def compute(problem, x, weight, scale, shift, residual) -> Tensor:
+    """The result of a `Problem` of inference; what its operator does not have is None."""
+    if problem.op == "add_act":
+        return add_act(x, residual, problem.act)
+    if problem.op == "scale_act":
+        return scale_act(x, scale, shift, residual, problem.act)
+    y = conv_scale_act(x, weight, scale, shift, residual, problem, problem.act)
+    return max_pool2d(y, 3, 2, 1, None) if problem.op == POOLED else y
 
 
 def normalise(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import triton
 
 from fused_resnet.backends import reference
-from fused_resnet.backends.problem import POOLED, Problem
+from fused_resnet.backends.problem import Problem
 from fused_resnet.backends.triton import capability, run_launches
 from fused_resnet.backends.triton.launch import Config, Family
 from fused_resnet.files import cache_folder, write_atomically
@@ -109,18 +109,12 @@ def run(problem: Problem, family: Family, config: Config, device: torch.device):
     """What the problem with integers for values must give, and what the kernel gives; both on the CPU."""
     tensors = integers(problem)
     x, weight, scale, shift, residual = (None if t is None else t.double() for t in tensors)
-    if problem.weight:
-        pre = reference.convolution(x, weight, None, problem)
-        if family.name == "cudnn":  # whose algorithms may round integers: what is tried is the launch behind it
-            there = [t.to(device, memory_format=torch.channels_last) for t in tensors[:2]]
-            pre = reference.convolution(*there, None, problem).cpu().double()
-        expected = reference.act_forward(reference.affine(pre, scale, shift, residual), problem.act)
-        if problem.op == POOLED:
-            expected = reference.max_pool2d(expected, 3, 2, 1, None)
-    elif problem.op == "add_act":
-        expected = reference.add_act(x, residual, problem.act)
+    if family.name == "cudnn":  # whose algorithms may round integers: what is tried is the launch behind it
+        there = [t.to(device, memory_format=torch.channels_last) for t in tensors[:2]]
+        z = reference.convolution(*there, None, problem).cpu().double()
+        expected = reference.scale_act(z, scale, shift, residual, problem.act)
     else:
-        expected = reference.scale_act(x, scale, shift, residual, problem.act)
+        expected = reference.compute(problem, x, weight, scale, shift, residual)
     x, weight, scale, shift, residual = (None if t is None else t.to(device) for t in tensors)
     weights = None if weight is None else family.pack(weight, problem, config)
     out = torch.full(problem.output, float("nan"), dtype=problem.dtype, device=device)
