@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet as fr
+from fused_resnet.backends.problem import windows
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,8 @@ class Layer:
     @property
     def output(self) -> tuple[int, int, int, int]:
         """The shape of the output, [N, K, P, Q]."""
-        p, q = (
-            (self.x[i + 2] + 2 * self.padding[i] - self.dilation[i] * (self.weight[i + 2] - 1) - 1) // self.stride[i]
-            + 1
-            for i in range(2)
-        )
-        return self.x[0], self.weight[0], p, q
+        size = windows(self.x[2:], self.weight[2:], self.stride, self.padding, self.dilation)
+        return self.x[0], self.weight[0], *size
 
     @property
     def geometry(self) -> dict:

@@ -9,6 +9,14 @@ from torch import Tensor
 POOLED = "conv_scale_act_max_pool2d"
 
 
+def windows(size, window, stride, padding, dilation=(1, 1)) -> tuple[int, int]:
+    """How many positions a window has in an image, down and across; each argument is a pair."""
+    p, q = (
+        (size[i] + 2 * padding[i] - dilation[i] * (window[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    )  # fmt: skip
+    return p, q
+
+
 class Problem(NamedTuple):
     """One call of an operator, without its tensors.
 
@@ -37,12 +45,7 @@ class Problem(NamedTuple):
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the convolution's output, P and Q."""
-        p, q = (
-            (self.x[i + 2] + 2 * self.padding[i] - self.dilation[i] * (self.weight[i + 2] - 1) - 1) // self.stride[i]
-            + 1
-            for i in range(2)
-        )
-        return p, q
+        return windows(self.x[2:], self.weight[2:], self.stride, self.padding, self.dilation)
 
     @property
     def output(self) -> tuple[int, int, int, int]:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.backends.problem import windows
+
 
 class ConvArgs(NamedTuple):
     """Arguments of a 2-d convolution, each a pair (height, width)."""
@@ -20,11 +22,7 @@ class ConvArgs(NamedTuple):
         return cls(tuple(stride), tuple(padding), tuple(dilation), groups)
 
     def output_size(self, x: Tensor, weight: Tensor) -> list[int]:
-        spatial = [
-            (x.shape[i + 2] + 2 * self.padding[i] - self.dilation[i] * (weight.shape[i + 2] - 1) - 1) // self.stride[i]
-            + 1
-            for i in range(2)
-        ]
+        spatial = windows(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation)
         return [x.shape[0], weight.shape[0], *spatial]
 
 

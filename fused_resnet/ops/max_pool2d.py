@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.backends.problem import windows
 from fused_resnet.ops.conv_args import pair
 from fused_resnet.ops.direct import may_call_directly
 from fused_resnet.ops.library import select
@@ -24,7 +25,7 @@ def max_pool2d(x: Tensor, kernel_size, stride=None, padding=0) -> Tensor:
         kernel = pair("max_pool2d", "kernel_size", kernel_size, 1)
         step = kernel if stride is None else pair("max_pool2d", "stride", stride, 1)
         edge = pair("max_pool2d", "padding", padding, 0)
-        size = [(x.shape[i + 2] + 2 * edge[i] - kernel[i]) // step[i] + 1 for i in range(2)]
+        size = windows(x.shape[2:], kernel, step, edge)
         if min(size) > 0 and 2 * edge[0] <= kernel[0] and 2 * edge[1] <= kernel[1]:
             return select("max_pool2d", "", x).max_pool2d(x, kernel, step, edge, size)
     return F.max_pool2d(x, kernel_size, stride, padding)

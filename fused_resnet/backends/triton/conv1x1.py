@@ -5,18 +5,7 @@ import triton
 import triton.language as tl
 
 from fused_resnet.backends.triton.epilogue import activate, dot, rounded
-from fused_resnet.backends.triton.launch import (
-    Config,
-    Family,
-    Launch,
-    aligned,
-    cdiv,
-    is_wide,
-    pixels,
-    precision,
-    rows,
-    tensor_cores,
-)
+from fused_resnet.backends.triton.launch import Config, Family, Launch, cdiv, no_tma, pixels, precision, rows
 
 NAME = "conv1x1"
 BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
@@ -69,13 +58,7 @@ def conv1x1_fwd_kernel(
 def unsupported(problem, capability) -> str:
     if problem.weight[2:] != (1, 1) or problem.stride != (1, 1) or problem.padding != (0, 0) or problem.groups != 1:
         return "not a 1x1 convolution with stride 1"
-    if not aligned(problem, problem.x[1], problem.weight[0]):
-        return "its channels are not multiples of 16 bytes"
-    if not tensor_cores(problem):
-        return "fp32 without TF32 has no tensor cores"
-    if is_wide(pixels(problem.x)):
-        return "more than 2^31 pixels"
-    return "" if capability >= (9, 0) else "it needs TMA, of compute capability 9.0"
+    return no_tma(problem, capability)
 
 
 def configs(problem, capability) -> list[Config]:

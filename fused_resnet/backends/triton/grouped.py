@@ -13,19 +13,7 @@ import triton
 import triton.language as tl
 
 from fused_resnet.backends.triton.epilogue import dot
-from fused_resnet.backends.triton.launch import (
-    Config,
-    Family,
-    Launch,
-    aligned,
-    cdiv,
-    is_wide,
-    nhwc,
-    pixels,
-    precision,
-    rows,
-    tensor_cores,
-)
+from fused_resnet.backends.triton.launch import Config, Family, Launch, cdiv, nhwc, no_tma, pixels, precision, rows
 from fused_resnet.backends.triton.tiles import count_tiles, finish, image, load_tap, place, tile_shape, window
 
 NAME = "grouped"
@@ -98,7 +86,7 @@ def tile_channels(problem) -> int:
 
 
 def unsupported(problem, capability) -> str:
-    _, c, h, w = problem.x
+    h, w = problem.x[2:]
     if problem.groups == 1 or problem.stride not in ((1, 1), (2, 2)):
         return "it takes several groups and a stride of 1 or 2"
     group_k, width = problem.weight[0] // problem.groups, tile_channels(problem)
@@ -106,15 +94,9 @@ def unsupported(problem, capability) -> str:
         return f"groups of {group_k} output channels do not fill tiles of {BLOCK_N}"
     if width % BLOCK_N and width not in (16, 32):
         return f"its tiles read {width} channels, which are no whole steps"
-    if not aligned(problem, c, problem.weight[0]):
-        return "its channels are not multiples of 16 bytes"
     if problem.stride == (2, 2) and (h % 2 or w % 2):
         return "stride 2 needs an even height and width"
-    if not tensor_cores(problem):
-        return "fp32 without TF32 has no tensor cores"
-    if is_wide(max(pixels(problem.x), pixels(problem.output))):
-        return "more than 2^31 pixels"
-    return "" if capability >= (9, 0) else "it needs TMA, of compute capability 9.0"
+    return no_tma(problem, capability)
 
 
 def block_k(problem, config) -> int:

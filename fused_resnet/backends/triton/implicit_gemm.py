@@ -18,15 +18,13 @@ from fused_resnet.backends.triton.launch import (
     Config,
     Family,
     Launch,
-    aligned,
     cdiv,
-    is_wide,
     nhwc,
+    no_tma,
     pixels,
     precision,
     rows,
     takes_large_tiles,
-    tensor_cores,
 )
 from fused_resnet.backends.triton.split_k import reduce_launch
 from fused_resnet.backends.triton.tiles import count_tiles, finish, image, load_tap, place, tile_shape, window
@@ -100,17 +98,11 @@ def unsupported(problem, capability) -> str:
     _, c, h, w = problem.x
     if problem.groups != 1 or problem.stride not in ((1, 1), (2, 2)):
         return "it takes one group and a stride of 1 or 2"
-    if not aligned(problem, c, problem.weight[0]):
-        return "its channels are not multiples of 16 bytes"
     if problem.stride == (2, 2) and (h % 2 or w % 2):
         return "stride 2 needs an even height and width"
     if problem.stride == (2, 2) and c % 16:
         return "stride 2 needs channels in multiples of 16"
-    if not tensor_cores(problem):
-        return "fp32 without TF32 has no tensor cores"
-    if is_wide(max(pixels(problem.x), pixels(problem.output))):
-        return "more than 2^31 pixels"
-    return "" if capability >= (9, 0) else "it needs TMA, of compute capability 9.0"
+    return no_tma(problem, capability)
 
 
 def block_k(problem, config) -> int:

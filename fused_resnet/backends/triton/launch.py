@@ -85,6 +85,17 @@ class Family(NamedTuple):
     packed_by: Callable = lambda config: ()
 
 
+def no_tma(problem, capability: tuple[int, int]) -> str:
+    """Why a convolution cannot be read by TMA and multiplied by tensor cores; "": it can."""
+    if not aligned(problem, problem.x[1], problem.weight[0]):
+        return "its channels are not multiples of 16 bytes"
+    if not tensor_cores(problem):
+        return "fp32 without TF32 has no tensor cores"
+    if is_wide(max(pixels(problem.x), pixels(problem.output))):
+        return "more than 2^31 pixels"
+    return "" if capability >= (9, 0) else "it needs TMA, of compute capability 9.0"
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
