@@ -1,7 +1,7 @@
 """Builds fused_resnet._C: C++ always, CUDA when nvcc is there, and nothing at all when there is no compiler.
 
 Variables: FUSED_RESNET_NO_EXT=1 (build no extension), FUSED_RESNET_NO_CUDA=1 (C++ only), FUSED_RESNET_FORCE_CUDA=1
-(an error when CUDA sources cannot be built), TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX" by default), MAX_JOBS, DEBUG=1.
+(an error when CUDA sources cannot be built), TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a" by default), MAX_JOBS, DEBUG=1.
 """
 
 import os
@@ -15,7 +15,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 DEBUG = os.environ.get("DEBUG") == "1"
 ABI_TARGET = "0x020b000000000000"  # LibTorch Stable ABI of torch 2.11: one library for it and everything later
-DEFAULT_ARCHS = "8.0;9.0a+PTX"
+DEFAULT_ARCHS = "8.0+PTX;9.0a"  # "a" has no PTX for later GPUs
 
 
 def switch(name):
@@ -36,8 +36,7 @@ def compiler_works():
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return False
-    probe = subprocess.run([compiler, "--version"], capture_output=True, check=False)
-    return probe.returncode == 0
+    return subprocess.run([compiler, "--version"], capture_output=True, check=False).returncode == 0
 
 
 def cuda_home():
@@ -54,9 +53,8 @@ def cuda_sources():
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
     if switch("FUSED_RESNET_NO_CUDA"):
         return [], "FUSED_RESNET_NO_CUDA is set"
-    reason = (
-        "nvcc was not found (set CUDA_HOME)" if not cuda_home() else "" if sources else "csrc/cuda holds no sources"
-    )
+    reason = "" if sources else "csrc/cuda holds no sources"
+    reason = reason if cuda_home() else "nvcc was not found (set CUDA_HOME)"
     if reason and switch("FUSED_RESNET_FORCE_CUDA"):
         raise SystemExit(f"fused_resnet: FUSED_RESNET_FORCE_CUDA is set, but {reason}")
     return ([], reason) if reason else (sources, "")
@@ -73,6 +71,7 @@ def extension():
     if not compiler_works():
         return give_up("no C++ compiler was found (install one, or point CXX at it)")
     cuda, reason = cuda_sources()
+    headers = [str(path) for path in ROOT.glob("csrc/**/*.h")]
     if reason:
         print(f"fused_resnet: no CUDA kernels in this build: {reason}", file=sys.stderr)
     else:
@@ -85,19 +84,33 @@ def extension():
     ext = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "fused_resnet._C",
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")) + cuda,
+        depends=headers,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": host + (["-DFUSED_RESNET_CUDA"] if cuda else []), "nvcc": device},
+        extra_compile_args={
+            "cxx": host + ([f'-DFUSED_RESNET_CUDA="{os.environ["TORCH_CUDA_ARCH_LIST"]}"'] if cuda else []),
+            "nvcc": device,
+        },
         py_limited_api=True,  # Python 3.10: one library for it and everything later
     )
 
     ext.library_dirs += [f"{cuda_home()}/{lib}" for lib in ("lib64", "lib") if cuda]
-    # The Stable ABI needs neither c10_cuda nor torch_cuda, which a CPU build of torch does not have.
-    ext.libraries = [name for name in ext.libraries if name not in ("c10_cuda", "torch_cuda")]
+    # The Stable ABI needs neither c10_cuda nor torch_cuda, which a CPU build of torch does not have. The CUDA runtime is
+    # linked in: the library loads where there is none, and beside that of any torch.
+    ext.libraries = [name for name in ext.libraries if name not in ("c10_cuda", "torch_cuda", "cudart")]
+    if cuda:
+        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        # aoti_torch_get_current_cuda_stream, which is weak, is found only in a library that is named as needed.
+        ext.extra_link_args = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
 
     class Build(cpp_extension.BuildExtension):
         """A compiler that fails costs the user the fast path, not the install, unless CUDA was asked for."""
 
         def run(self):
+            # A torch without CUDA has ninja follow no headers of CUDA sources.
+            newest = max(os.stat(path).st_mtime for path in headers)
+            for path in Path(self.build_temp).glob("csrc/cuda/*.o"):
+                if path.stat().st_mtime < newest:
+                    path.unlink()
             try:
                 super().run()
             except (Exception, SystemExit) as error:

@@ -4,11 +4,14 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "cpu/conv_scale_act.h"
 #include "cpu/cpu.h"
 #include "cpu/max_pool.h"
 #include "cpu/memory.h"
 #include "cpu/train.h"
+#include "cuda/kernels.h"
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   // Importing the module loads the library, which runs the registrations below. It holds nothing itself.
@@ -19,7 +22,15 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
 // Raised with every change to the schemas below, here and in backends/cpu.py: a library that an older or newer checkout
 // has left beside the Python sources is then seen, and not called with arguments that it does not take.
 static int64_t interface_number() {
-  return 3;
+  return 4;
+}
+
+static std::string cuda_architectures() {
+#if defined(FUSED_RESNET_CUDA)
+  return FUSED_RESNET_CUDA;
+#else
+  return "";
+#endif
 }
 
 STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
@@ -47,15 +58,27 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
       "conv_scale_act(Tensor x, Tensor packed, Tensor scale, Tensor shift, Tensor? residual, int[] geometry, int act, "
       "Tensor(a!) out) -> ()");
   m.def("max_pool(Tensor x, int[] geometry, Tensor(a!) out) -> ()");
+
+  // CUDA: the compute capabilities that kernels were compiled for, such as "8.0+PTX;9.0a"; empty: none were built.
+  m.def("cuda_architectures() -> str");
+  m.def("cuda_add_act_fwd(Tensor x, Tensor residual, int act, Tensor(a!) y) -> ()");
+  m.def("cuda_add_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? residual, int act, Tensor(a!) dx) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {
   m.impl("interface_number", TORCH_BOX(&interface_number));
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
   m.impl("cpu_capability", TORCH_BOX(&fused_resnet::cpu::cpu_capability));
   m.impl("conv_supported", TORCH_BOX(&fused_resnet::cpu::conv_supported));
   m.impl("empty_channels_last", TORCH_BOX(&fused_resnet::cpu::empty_channels_last));
   m.impl("empty_cache", TORCH_BOX(&fused_resnet::cpu::empty_cache));
 }
+
+#if defined(FUSED_RESNET_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CUDA, m) {
+  FUSED_RESNET_CUDA_OPERATORS(m);
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
   m.impl("conv_pack", TORCH_BOX(&fused_resnet::cpu::conv_pack));

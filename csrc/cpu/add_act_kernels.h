@@ -15,7 +15,7 @@ inline void add_act(const AddActArgs& args, std::int64_t begin, std::int64_t end
     const T *x = static_cast<const T*>(args.x), *residual = static_cast<const T*>(args.residual);
     T* out = static_cast<T*>(args.out);
     for_elements(begin, end, [=]<int kN>(std::int64_t i) {
-      store<kN>(out + i, activate<kAct, kN>(load<kN>(x + i) + load<kN>(residual + i)));
+      store<kN>(out + i, activate<kAct>(load<kN>(x + i) + load<kN>(residual + i)));
     });
   });
 }
@@ -31,7 +31,7 @@ inline void add_act_grad(const AddActArgs& args, std::int64_t begin, std::int64_
       Vec<kN> at{};
       if constexpr (kFromOutput) at = load<kN>(y + i);
       if constexpr (!kFromOutput && kAct != kNone) at = load<kN>(x + i) + load<kN>(residual + i);
-      store<kN>(out + i, activate_grad<kAct, kN>(load<kN>(dy + i), at));
+      store<kN>(out + i, activate_grad<kAct>(load<kN>(dy + i), at));
     });
   });
 }

@@ -8,6 +8,7 @@
 
 #include "cpu/elementwise.h"
 #include "cpu/train.h"
+#include "moments.h"
 
 #define FUSED_RESNET_KERNELS "cpu/bn_act_kernels.h"
 #include "cpu/per_isa.h"

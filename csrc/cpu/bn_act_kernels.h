@@ -73,13 +73,10 @@ inline void bn_merge_statistics(const float* total, const float* low, const floa
   for (std::int64_t t = 0; t < count; ++t) {
     const std::int64_t before = t * tile_rows;
     const double here = static_cast<double>(t + 1 < count ? tile_rows : rows - before), inverse = 1.0 / here;
-    const double fraction = here / (static_cast<double>(before) + here);
-    const double weight = fraction * static_cast<double>(before);
+    const MergeWeights<double> weights(static_cast<double>(before), here);
     for (int c = 0; c < n; ++c) {
       const double sum = static_cast<double>(total[t * stride + c]) + low[t * stride + c];
-      const double delta = sum * inverse - out_mean[c];
-      out_mean[c] += delta * fraction;
-      out_m2[c] += m2[t * stride + c] + delta * delta * weight;
+      weights.merge(out_mean[c], out_m2[c], sum * inverse - out_mean[c], m2[t * stride + c]);
     }
   }
 }
@@ -96,9 +93,9 @@ void bn_apply_tile(const BnActArgs& args, const BnTile& tile) {
     const Vec<kN> m = load<kN>(centre + c), s = load<kN>(scale + c), b = load<kN>(shift + c);
     for (int i = 0; i < kRows; ++i) {
       const std::int64_t at = (row + i) * stride + c;
-      Vec<kN> v = (load<kN>(x + at) - m) * s + b;
+      Vec<kN> v = batch_norm<Vec<kN>>(load<kN>(x + at) - m, s, b);
       if (residual) v += load<kN>(residual + at);
-      put<kStream, kN>(out + at, activate<kAct, kN>(v));
+      put<kStream, kN>(out + at, activate<kAct>(v));
     }
   });
   if constexpr (kStream) stream_fence();
@@ -119,15 +116,15 @@ template <class T, int kAct, bool kReadOutput, int kN>
 inline Vec<kN> bn_gradient(const BnActArgs& args, std::int64_t at, std::int64_t c, Vec<kN> centred) {
   const Vec<kN> dy = load<kN>(static_cast<const T*>(args.dy) + at);
   if constexpr (kAct == kNone) return dy;
-  if constexpr (kReadOutput) return activate_grad<kAct, kN>(dy, load<kN>(static_cast<const T*>(args.y) + at));
-  Vec<kN> pre = centred * load<kN>(args.scale + c) + load<kN>(args.shift + c);
+  if constexpr (kReadOutput) return activate_grad<kAct>(dy, load<kN>(static_cast<const T*>(args.y) + at));
+  Vec<kN> pre = batch_norm<Vec<kN>>(centred, load<kN>(args.scale + c), load<kN>(args.shift + c));
   if (args.residual) pre += load<kN>(static_cast<const T*>(args.residual) + at);
   if constexpr (kAct == kRelu || kAct == kRelu6) {
     T rounded[kN];
     store<kN>(rounded, pre);
     pre = load<kN>(rounded);
   }
-  return activate_grad<kAct, kN>(dy, pre);
+  return activate_grad<kAct>(dy, pre);
 }
 
 // sum_g[c] = sum of g, sum_gx[c] = sum of g * (x - centre) over the tile, in fp32 from group to group; dresidual = g.
@@ -184,7 +181,7 @@ void bn_input_grad_tile(const BnActArgs& args, const BnTile& tile) {
       const std::int64_t at = (row + i) * stride + c;
       const Vec<kN> centred = load<kN>(x + at) - m;
       const Vec<kN> g = bn_gradient<T, kAct, kReadOutput, kN>(in, at, c, centred);
-      put<kStream, kN>(dx + at, s * (g - mean_g - centred * slope));
+      put<kStream, kN>(dx + at, batch_norm_grad<Vec<kN>>(g, centred, s, mean_g, slope));
     }
   });
   if constexpr (kStream) stream_fence();

@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
+#include "act.h"
+
 namespace fused_resnet::cpu {
 
 constexpr int64_t kPanel = 32;      // output channels that a panel of packed weights holds
 constexpr int64_t kLine = 64;       // bytes of a cache line, and of a row of an AMX tile
 constexpr int64_t kFoldLimit = 64;  // S * C up to which a filter row is treated as one tap (a stem with 3 channels)
-
-enum Act : int64_t { kNone, kRelu, kRelu6, kHardswish, kSilu };
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;

@@ -1,4 +1,4 @@
-// What the training kernels share outside the instruction sets: element types, activation codes.
+// What the training kernels share outside the instruction sets: the element types.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,14 +7,13 @@
 #include <cstdint>
 #include <optional>
 
+#include "act.h"
+
 namespace fused_resnet::cpu {
 
 struct Bf16 {
   std::uint16_t bits;
 };
-
-// As in fused_resnet/functional: the codes are part of the schemas.
-enum Act : int { kNone = 0, kRelu = 1, kRelu6 = 2, kHardswish = 3, kSilu = 4 };
 
 inline bool is_bf16(const torch::stable::Tensor& t) {
   return t.scalar_type() == torch::headeronly::ScalarType::BFloat16;

@@ -1,19 +1,12 @@
 // One row of outputs of a max pool. Read by per_isa.h inside the namespace of each instruction set.
 
-// NaN wins, as in aten: as `v` it is asked for by name, as `best` it fails the comparison and stays.
-template <int kN>
-inline Vec<kN> larger(Vec<kN> v, Vec<kN> best) {
-  best = v > best ? v : best;
-  return v == v ? best : v;
-}
-
 template <class T, int kN>
 inline void max_pool_pixel(const MaxPoolArgs& args, const T* first, std::int64_t rows, std::int64_t cols,
                            std::int64_t c, T* out) {
   Vec<kN> best = load<kN>(first + c);
   for (std::int64_t r = 0; r < rows; ++r)
     for (std::int64_t s = 0; s < cols; ++s)
-      best = larger<kN>(load<kN>(first + (r * args.w + s) * args.channels + c), best);
+      best = larger(load<kN>(first + (r * args.w + s) * args.channels + c), best);
   store<kN>(out + c, best);
 }
 

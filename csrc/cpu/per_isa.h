@@ -22,8 +22,9 @@
 namespace fused_resnet::cpu::avx512 {
 constexpr int kLanes = 16;
 #include "cpu/vec.h"
-// The order matters: activations are written in vectors, kernels in both.
-#include "cpu/act.h"
+// The order matters: the formulas are written in vectors, kernels in both.
+#include "cpu/types.h"
+#include "pointwise.h"
 #include FUSED_RESNET_KERNELS
 }  // namespace fused_resnet::cpu::avx512
 #if defined(__clang__)
@@ -38,7 +39,8 @@ namespace fused_resnet::cpu::avx2 {
 constexpr int kLanes = 8;
 #include "cpu/vec.h"
 // The order matters, as above.
-#include "cpu/act.h"
+#include "cpu/types.h"
+#include "pointwise.h"
 #include FUSED_RESNET_KERNELS
 }  // namespace fused_resnet::cpu::avx2
 #if defined(__clang__)
@@ -53,7 +55,8 @@ namespace fused_resnet::cpu::portable {
 constexpr int kLanes = 4;
 #include "cpu/vec.h"
 // The order matters, as above.
-#include "cpu/act.h"
+#include "cpu/types.h"
+#include "pointwise.h"
 #include FUSED_RESNET_KERNELS
 }  // namespace fused_resnet::cpu::portable
 

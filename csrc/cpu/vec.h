@@ -71,8 +71,9 @@ inline void stream_fence() {
 
 // e^x = 2^n e^r with n = round(x / ln 2), by the Taylor series to r^7 (its error is 5e-9 at |r| = ln(2) / 2). Inf, 0
 // and NaN as std::exp; 2^n is applied in two factors, so that n = 128 overflows only where the result does.
-template <int kN>
-inline Vec<kN> exp(Vec<kN> x) {
+template <class V>
+inline V exponential(V x) {
+  constexpr int kN = sizeof(V) / sizeof(float);
   using Int = typename Lanes<kN>::Int;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   x = x < -104.0f ? splat<kN>(-104.0f) : x;

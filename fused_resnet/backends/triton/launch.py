@@ -1,4 +1,4 @@
-"""A kernel's configuration, and one launch of it as a value: it runs, and it is compiled without a GPU."""
+"""One launch of a kernel as a value: it runs, and it is compiled without a GPU."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_resnet.backends.config import Config as Config
 from fused_resnet.backends.plan import tf32
 
 # Shared memory a block may take, and registers a thread: what a configuration has to fit.
@@ -25,32 +26,6 @@ def shared_memory(capability: tuple[int, int]) -> int:
     """Bytes of shared memory that a block may take; of an unknown device, what the nearest older one has."""
     known = [c for c in SHARED_MEMORY if c <= capability]
     return SHARED_MEMORY[max(known)] if known else 48 << 10
-
-
-class Config(NamedTuple):
-    """One way to run a kernel: the sizes of its tile in the order of its family's `BLOCKS`, warps and stages."""
-
-    family: str
-    blocks: tuple[int, ...]
-    num_warps: int
-    num_stages: int
-
-    def __str__(self) -> str:
-        return f"{self.family} {'x'.join(map(str, self.blocks))} w{self.num_warps} s{self.num_stages}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Config":
-        """The configuration that `str` wrote.
-
-        Raises:
-            ValueError: another text.
-        """
-        try:
-            family, blocks, warps, stages = text.split()
-            numbers = tuple(map(int, blocks.split("x"))), int(warps.removeprefix("w")), int(stages.removeprefix("s"))
-        except ValueError:
-            raise ValueError(f"not a kernel's configuration: {text!r}") from None
-        return cls(family, *numbers)
 
 
 class Launch(NamedTuple):

@@ -1,0 +1,119 @@
+// How every CUDA operator starts its kernels: on the tensor's device, on PyTorch's current stream, checked, without a
+// synchronisation, and so safe while a graph is captured. All memory comes from the caller.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "cuda/device.h"
+
+#if !defined(FUSED_RESNET_EMULATED)
+// A torch without CUDA does not have it: the library must load there too.
+#pragma weak aoti_torch_get_current_cuda_stream
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
+namespace fused_resnet::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#if !defined(FUSED_RESNET_EMULATED)
+// torch's own check is not in a torch without CUDA.
+inline void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", what, " failed: ", cudaGetErrorString(error));
+}
+#endif
+
+constexpr int kWarp = 32;
+constexpr std::size_t kSharedByDefault = 48 << 10;  // what a block may take without asking for more
+
+inline const void* data_or_null(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
+
+inline float* floats(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "per-channel vectors and workspaces are float32");
+  return static_cast<float*>(t.mutable_data_ptr());
+}
+
+inline const float* floats(const std::optional<Tensor>& t) {
+  return t ? floats(*t) : nullptr;
+}
+
+// Calls body(T{}) with the element type of `t`.
+template <class Body>
+void with_dtype(const Tensor& t, const Body& body) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(Bf16{});
+    case ScalarType::Half:
+      return body(Half{});
+    default:
+      STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+  }
+}
+
+// Calls body(std::integral_constant<int, kAct>) with the activation.
+template <class Body>
+void with_act(std::int64_t act, const Body& body) {
+  switch (act) {
+    case kNone:
+      return body(std::integral_constant<int, kNone>{});
+    case kRelu:
+      return body(std::integral_constant<int, kRelu>{});
+    case kRelu6:
+      return body(std::integral_constant<int, kRelu6>{});
+    case kHardswish:
+      return body(std::integral_constant<int, kHardswish>{});
+    case kSilu:
+      return body(std::integral_constant<int, kSilu>{});
+    default:
+      STD_TORCH_CHECK(false, "unknown activation");
+  }
+}
+
+// Makes the device of a tensor the current one for as long as it lives, and launches on its current stream.
+class Launcher {
+ public:
+  explicit Launcher(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
+#if !defined(FUSED_RESNET_EMULATED)
+    STD_TORCH_CHECK(t.is_cuda(), "expected CUDA tensors");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
+#endif
+  }
+
+  // The launch of kernel<<<blocks, threads, shared>>>(args...).
+  template <class... Params, class... Args>
+  void operator()(void (*kernel)(Params...), std::int64_t blocks, int threads, std::size_t shared, Args... args) const {
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks <= INT32_MAX, "more blocks than a grid has");
+#if defined(FUSED_RESNET_EMULATED)
+    emulator::launch(static_cast<int>(blocks), threads, shared, [&] { kernel(static_cast<Params>(args)...); });
+#else
+    if (shared > kSharedByDefault)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "more shared memory");
+    kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream_)> > >(
+        static_cast<Params>(args)...);
+    check(cudaGetLastError(), "the launch");
+#endif
+  }
+
+ private:
+  std::int32_t device_;
+#if defined(FUSED_RESNET_EMULATED)
+  emulator::NoGuard guard_;
+#else
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+#endif
+};
+
+}  // namespace fused_resnet::cuda

@@ -1,0 +1,29 @@
+"""A kernel's configuration, by whose name plans know it."""
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """One way to run a kernel: the sizes of its tile in the order of its family's `BLOCKS`, warps and stages."""
+
+    family: str
+    blocks: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return f"{self.family} {'x'.join(map(str, self.blocks))} w{self.num_warps} s{self.num_stages}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Config":
+        """The configuration that `str` wrote.
+
+        Raises:
+            ValueError: another text.
+        """
+        try:
+            family, blocks, warps, stages = text.split()
+            numbers = tuple(map(int, blocks.split("x"))), int(warps.removeprefix("w")), int(stages.removeprefix("s"))
+        except ValueError:
+            raise ValueError(f"not a kernel's configuration: {text!r}") from None
+        return cls(family, *numbers)
