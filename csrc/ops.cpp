@@ -63,6 +63,9 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def("cuda_architectures() -> str");
   m.def("cuda_add_act_fwd(Tensor x, Tensor residual, int act, Tensor(a!) y) -> ()");
   m.def("cuda_add_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? residual, int act, Tensor(a!) dx) -> ()");
+  m.def(
+      "cuda_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] geometry, int act, "
+      "bool tf32, int tile_m, int tile_n, Tensor(a!) out, Tensor(b!)? sums, Tensor(c!)? partials) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {

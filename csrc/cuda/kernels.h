@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 namespace fused_resnet::cuda {
 
@@ -16,9 +17,19 @@ void add_act_fwd(Tensor x, Tensor residual, std::int64_t act, Tensor y);
 void add_act_bwd(Tensor dy, std::optional<Tensor> y, std::optional<Tensor> x, std::optional<Tensor> residual,
                  std::int64_t act, Tensor dx);
 
-// Calls body(name, kernel) for each of them, under its name in the namespace fused_resnet_C.
+// weight: [K, depth], each filter [R, S, C / groups] and filled up with zeros to a multiple of 16 bytes. geometry: R,
+// S, and height and width of stride, padding and dilation, then groups. tf32: fp32 products may be rounded so. The tile
+// is one of `find_tile`'s. sums, [splits, pixels, K]: the depth is split, and added up by a second kernel. partials,
+// [tiles of pixels, 3, K]: the moments of out, whose statistics batch norm wants.
+void conv(Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
+          std::optional<Tensor> residual, std::vector<std::int64_t> geometry, std::int64_t act, bool tf32,
+          std::int64_t tile_m, std::int64_t tile_n, Tensor out, std::optional<Tensor> sums,
+          std::optional<Tensor> partials);
+
+// Registers each of them under its name in the namespace fused_resnet_C.
 #define FUSED_RESNET_CUDA_OPERATORS(m)                                     \
   m.impl("cuda_add_act_fwd", TORCH_BOX(&fused_resnet::cuda::add_act_fwd)); \
-  m.impl("cuda_add_act_bwd", TORCH_BOX(&fused_resnet::cuda::add_act_bwd))
+  m.impl("cuda_add_act_bwd", TORCH_BOX(&fused_resnet::cuda::add_act_bwd)); \
+  m.impl("cuda_conv", TORCH_BOX(&fused_resnet::cuda::conv))
 
 }  // namespace fused_resnet::cuda
