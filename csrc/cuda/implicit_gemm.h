@@ -76,21 +76,22 @@ class Loader {
         chunk_(static_cast<int>(threadIdx.x) % kRowChunks),
         at_(first_step * kStep + chunk_ * kElements),
         depth_(g, at_),
-        x_(static_cast<const T*>(args.x) + static_cast<std::int64_t>(work.group) * g.group_c()) {
+        channels_(g.group_k() - work.channel) {
     // The tile's first pixel is divided in 64 bits, the others, from there on, in 32.
-    const std::int64_t map = g.p * g.q, image = work.pixel / map, first = work.pixel % map;
+    const std::int64_t map = g.p * g.q, image = work.pixel / map;
+    const auto first = static_cast<unsigned>(work.pixel % map), q = static_cast<unsigned>(g.q);
+    x_ = static_cast<const T*>(args.x) + image * g.h * g.w * g.c + work.group * g.group_c();
 #pragma unroll
     for (int i = 0; i < kRowsA; ++i) {
       const int row = row_ + i * Tile::kCopyRows;
-      const int images =
-          first + row < map ? 0 : static_cast<int>((static_cast<unsigned>(first) + row) / static_cast<unsigned>(map));
-      const std::int64_t pixel = first + row - images * map;
-      const int p = static_cast<int>(pixel / g.q);
-      h_[i] = work.pixel + row < g.pixels() ? p * g.stride_h - g.pad_h : kOutside;
-      w_[i] = static_cast<int>(pixel - p * g.q) * g.stride_w - g.pad_w;
-      from_[i] = ((image + images) * g.h * g.w + static_cast<std::int64_t>(h_[i]) * g.w + w_[i]) * g.c;
+      const unsigned images = first + row < map ? 0 : (first + row) / static_cast<unsigned>(map);
+      const unsigned pixel = first + row - images * static_cast<unsigned>(map);
+      const int h = static_cast<int>(pixel / q) * g.stride_h - g.pad_h;
+      const int w = static_cast<int>(pixel % q) * g.stride_w - g.pad_w;
+      position_[i] = Position::of(work.pixel + row < g.pixels() ? h : Position::kOutside, w);
+      const std::int64_t from = ((images * g.h + h) * g.w + w) * g.c;
+      from_[i] = static_cast<Offset>(kAligned ? from / kElements : from);
     }
-    channels_ = g.group_k() - work.channel;
     const std::int64_t first_channel = static_cast<std::int64_t>(work.group) * g.group_k() + work.channel;
     weight_ = static_cast<const T*>(args.weight) + first_channel * g.depth;
   }
@@ -113,26 +114,30 @@ class Loader {
   }
 
  private:
-  static constexpr int kOutside = INT32_MIN / 2;
+  // In registers these are most of what a thread has beside the sums. From the tile's first image chunks are counted in
+  // 32 bits, which is 32 GB, and elements, where they are no chunks, in 64.
+  using Offset = std::conditional_t<kAligned, int, std::int64_t>;
 
-  // Where the tap `d` reads pixel i, in elements from x_; negative: outside of the image, or of the filter.
-  FUSED_RESNET_DEVICE std::int64_t place(int i, const Depth& d) const {
-    const int dh = d.r * g_.dilation_h, dw = d.s * g_.dilation_w, h = h_[i] + dh, w = w_[i] + dw;
-    const bool inside = d.r < g_.r && h >= 0 && h < g_.h && w >= 0 && w < g_.w;
-    return inside ? from_[i] + (static_cast<std::int64_t>(dh) * g_.w + dw) * g_.c + d.c : -1;
+  FUSED_RESNET_DEVICE bool inside(int i, const Depth& d) const {
+    const int h = position_[i].h() + d.r * g_.dilation_h, w = position_[i].w() + d.s * g_.dilation_w;
+    return d.r < g_.r && h >= 0 && h < g_.h && w >= 0 && w < g_.w;
+  }
+
+  FUSED_RESNET_DEVICE std::int64_t offset(const Depth& d) const {
+    return (static_cast<std::int64_t>(d.r * g_.dilation_h) * g_.w + d.s * g_.dilation_w) * g_.c + d.c;
   }
 
   FUSED_RESNET_DEVICE void copy_pixel(unsigned char* to, int i) const {
     if constexpr (kAligned) {
-      const std::int64_t at = place(i, depth_);
-      cp_async16(to, x_ + (at < 0 ? 0 : at), at >= 0);
+      const bool valid = inside(i, depth_);
+      const Offset at = valid ? from_[i] + static_cast<Offset>(offset(depth_) / kElements) : 0;
+      cp_async16(to, x_ + static_cast<std::int64_t>(at) * kElements, valid);
     } else {
       Pack<T, kElements> chunk;
       Depth d = depth_;
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const std::int64_t at = place(i, d);
-        chunk.data[e] = at < 0 ? static_cast<T>(0.0f) : x_[at];
+        chunk.data[e] = inside(i, d) ? x_[from_[i] + offset(d)] : static_cast<T>(0.0f);
         d.advance(g_, 1);
       }
       store_pack(reinterpret_cast<T*>(to), chunk);
@@ -142,9 +147,10 @@ class Loader {
   const ConvShape& g_;
   int row_, chunk_, at_;
   Depth depth_;
+  int channels_;
   const T* x_;
-  int h_[kRowsA], w_[kRowsA], channels_;
-  std::int64_t from_[kRowsA];
+  Position position_[kRowsA];
+  Offset from_[kRowsA];
   const T* weight_;
 };
 
@@ -157,13 +163,12 @@ class Output {
 
   // `steps` of the main loop: its stages follow in turn.
   FUSED_RESNET_DEVICE Output(const ConvShape& g, const Work& work, unsigned char* memory, int steps)
-      : memory_(memory),
+      : g_(g),
+        memory_(memory),
         steps_(steps),
         rows_(static_cast<int>(g.pixels() - work.pixel < Tile::kM ? g.pixels() - work.pixel : Tile::kM)),
         columns_(g.group_k() - work.channel < Tile::kN ? g.group_k() - work.channel : Tile::kN),
-        stride_(g.k),
-        first_(work.pixel * g.k + static_cast<std::int64_t>(work.group) * g.group_k() + work.channel),
-        wide_(g.k % kElements == 0 && g.group_k() % kElements == 0) {}
+        first_(work.pixel * g.k + work.group * g.group_k() + work.channel) {}
 
   FUSED_RESNET_DEVICE unsigned char* panel(int number) const {
     const int stage = (steps_ + number / Tile::kStagePanels) % Tile::kStages;
@@ -186,16 +191,16 @@ class Output {
     for (int number = begin; number < end; ++number) {
       const int column = number * kColumns + chunk * kElements;
       if (column >= columns_) continue;
-#pragma unroll 4
+#pragma unroll 1
       for (int row = static_cast<int>(threadIdx.x) / kRowChunks; row < rows_; row += Tile::kCopyRows)
-        body(reinterpret_cast<T*>(panel(number) + swizzled(row, chunk)), first_ + row * stride_ + column,
+        body(reinterpret_cast<T*>(panel(number) + swizzled(row, chunk)), first_ + row * g_.k + column,
              columns_ - column);
     }
   }
 
   FUSED_RESNET_DEVICE void copy_residual(const T* residual, int part) const {
     for_chunks(part, [&](T* to, std::int64_t at, int count) {
-      if (wide_) {
+      if (wide()) {
         cp_async16(to, residual + at, true);
       } else {
 #pragma unroll
@@ -208,7 +213,7 @@ class Output {
   FUSED_RESNET_DEVICE void store(T* out) const {
     for_chunks(-1, [&](T* from, std::int64_t at, int count) {
       const auto chunk = load_pack<T, kElements>(from);
-      if (wide_) {
+      if (wide()) {
         store_pack(out + at, chunk);
       } else {
 #pragma unroll
@@ -220,13 +225,16 @@ class Output {
 
   FUSED_RESNET_DEVICE int rows() const { return rows_; }
   FUSED_RESNET_DEVICE int columns() const { return columns_; }
-  FUSED_RESNET_DEVICE std::int64_t at(int row, int column) const { return first_ + row * stride_ + column; }
+  FUSED_RESNET_DEVICE std::int64_t at(int row, int column) const { return first_ + row * g_.k + column; }
 
  private:
+  // Whether rows of the tensor, and of the tile in them, are whole chunks.
+  FUSED_RESNET_DEVICE bool wide() const { return g_.k % kElements == 0 && g_.group_k() % kElements == 0; }
+
+  const ConvShape& g_;
   unsigned char* memory_;
   int steps_, rows_, columns_;
-  std::int64_t stride_, first_;
-  bool wide_;
+  std::int64_t first_;
 };
 
 // One sum of products, one after the other in fp32, of a part of the depth: what a tile falls back to where a sum of
@@ -279,8 +287,16 @@ FUSED_RESNET_DEVICE void store_moments(const Output<T, Tile>& tile, unsigned cha
   }
 }
 
+// How many blocks' registers have to fit: while one waits for its copies, another one multiplies.
 template <class A, class Tile, bool kAligned>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
+constexpr int blocks_per_sm() {
+  if (Tile::kThreads > 128) return 1;
+  if (Tile::kM * Tile::kN > 64 * 64 || A::kProducts == Products::kFp32) return 2;
+  return A::kProducts == Products::kHalf && kAligned ? 4 : 3;
+}
+
+template <class A, class Tile, bool kAligned>
+__global__ void __launch_bounds__(Tile::kThreads, blocks_per_sm<A, Tile, kAligned>())
     implicit_gemm_kernel(const ConvShape g, const ConvArgs args) {
   using T = typename A::Element;
   using Load = Loader<T, Tile, kAligned>;
@@ -316,8 +332,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     cp_async_commit();
   };
   float acc[Tile::kBlocksM][Tile::kBlocksN][4] = {};
+#pragma unroll 1
   for (int step = 0; step < Tile::kStages - 1; ++step)
     issue(step);
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // the step has come for all, and the stage that is filled next was read by all

@@ -49,8 +49,6 @@ struct Tile {
   static constexpr int kVectors = kStages * kStageBytes;
   static constexpr int kFlag = kVectors + 2 * kN * static_cast<int>(sizeof(float));
   static constexpr int kSharedBytes = kFlag + kChunkBytes;
-  // What registers have to be left for: while one block waits for its copies, another one multiplies.
-  static constexpr int kBlocksPerSm = kM * kN <= 64 * 64 ? 4 : kThreads <= 128 ? 2 : 1;
 };
 
 // The tile and the part of its depth that a block works on. Channels run first: blocks that run at the same time read
@@ -110,6 +108,16 @@ FUSED_RESNET_HOST_DEVICE constexpr int d_row(int lane, int i) {
 FUSED_RESNET_HOST_DEVICE constexpr int d_column(int lane, int i) {
   return lane % 4 * 2 + i % 2;
 }
+
+// A row and a column of an image, of which neither goes beyond 16 bits, in one register.
+struct Position {
+  static constexpr int kOutside = INT16_MIN;  // a row from which no tap reaches the image
+  int bits;
+
+  FUSED_RESNET_HOST_DEVICE static constexpr Position of(int h, int w) { return {h * (1 << 16) | (w & 0xffff)}; }
+  FUSED_RESNET_HOST_DEVICE constexpr int h() const { return bits >> 16; }
+  FUSED_RESNET_HOST_DEVICE constexpr int w() const { return static_cast<std::int16_t>(bits); }
+};
 
 // A place in the depth: a tap and the first of a chunk's channels.
 struct Depth {
