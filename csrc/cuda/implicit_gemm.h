@@ -35,7 +35,9 @@ struct Arithmetic {
 };
 
 // acc += a * b for one fragment a and kN fragments b. Full fp32 is the sum of a TF32 and what that leaves of it; three
-// of the four products of two such sums are taken, the small ones first.
+// of the four products of two such sums are taken, the small ones first. Tensor cores cut their sums off instead of
+// rounding them (Fasi et al. 2021, doi 10.7717/peerj-cs.330), which over a deep sum costs digits: a long one is added
+// up outside of them (Ootomo & Yokota 2022, arXiv:2203.03341).
 template <class A, int kN>
 FUSED_RESNET_DEVICE void multiply(float (&acc)[kN][4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[kN][2]) {
   if constexpr (A::kProducts == Products::kHalf) {
@@ -53,10 +55,16 @@ FUSED_RESNET_DEVICE void multiply(float (&acc)[kN][4], const std::uint32_t (&a)[
     for (int j = 0; j < kN; ++j) {
       const std::uint32_t b0 = to_tf32(as_float(b[j][0])), b1 = to_tf32(as_float(b[j][1]));
       if constexpr (A::kProducts == Products::kFp32) {
-        mma_tf32(acc[j], low, b0, b1);
-        mma_tf32(acc[j], high, to_tf32(as_float(b[j][0]) - as_float(b0)), to_tf32(as_float(b[j][1]) - as_float(b1)));
+        float sum[4] = {};
+        mma_tf32(sum, low, b0, b1);
+        mma_tf32(sum, high, to_tf32(as_float(b[j][0]) - as_float(b0)), to_tf32(as_float(b[j][1]) - as_float(b1)));
+        mma_tf32(sum, high, b0, b1);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          acc[j][e] += sum[e];
+      } else {
+        mma_tf32(acc[j], high, b0, b1);
       }
-      mma_tf32(acc[j], high, b0, b1);
     }
   }
 }
@@ -341,7 +349,8 @@ __global__ void __launch_bounds__(Tile::kThreads, blocks_per_sm<A, Tile, kAligne
     __syncthreads();  // the step has come for all, and the stage that is filled next was read by all
     issue(step + Tile::kStages - 1);
     const unsigned char* stage = memory + step % Tile::kStages * Tile::kStageBytes;
-#pragma unroll
+    // unrolled, the sums of fp32 would take more registers than there are
+#pragma unroll(A::kProducts == Products::kFp32 ? 1 : kRowMmas)
     for (int part = 0; part < kRowMmas; ++part) {
       std::uint32_t b[Tile::kBlocksN][2];
 #pragma unroll
