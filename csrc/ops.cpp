@@ -63,6 +63,11 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def("cuda_architectures() -> str");
   m.def("cuda_add_act_fwd(Tensor x, Tensor residual, int act, Tensor(a!) y) -> ()");
   m.def("cuda_add_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? residual, int act, Tensor(a!) dx) -> ()");
+  m.def(
+      "cuda_depthwise_fwd(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] geometry, "
+      "int[] tile, int act, Tensor(a!) out) -> ()");
+  m.def("cuda_depthwise_dgrad(Tensor grad, Tensor weight, int[] geometry, int[] tile, Tensor(a!) dx) -> ()");
+  m.def("cuda_depthwise_wgrad(Tensor grad, Tensor x, int[] geometry, Tensor(a!) workspace, Tensor(b!) dweight) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {

@@ -1,0 +1,34 @@
+"""What a file of kernels offers the selection, and what the host code of the kernels shares."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+# Warps that a GPU should have to hide its latencies: of the 132 SMs of an H200, 16 each.
+WARPS = 132 * 16
+
+
+class Family(NamedTuple):
+    """What a file of kernels offers the selection.
+
+    unsupported(problem, capability): why it cannot run the problem; "": it can.
+    configs(problem, capability): the configurations that fit, the likeliest first.
+    pack(weight, problem, config): the weight as the kernel reads it; equal for equal `packed_by(config)`.
+    run(problem, config, x, weights, scale, shift, residual, out): launches the kernels on channels_last tensors that
+        are not empty; `out` may be the residual.
+    """
+
+    name: str
+    unsupported: Callable
+    configs: Callable
+    pack: Callable
+    run: Callable
+    packed_by: Callable = lambda config: ()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def geometry(problem) -> tuple[int, ...]:
+    """Window, stride, padding and dilation of a `Problem` with a weight, as the kernels take them."""
+    return *problem.weight[2:], *problem.stride, *problem.padding, *problem.dilation
