@@ -66,6 +66,11 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def(
       "cuda_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] geometry, int act, "
       "bool tf32, int tile_m, int tile_n, Tensor(a!) out, Tensor(b!)? sums, Tensor(c!)? partials) -> ()");
+  m.def(
+      "cuda_depthwise_fwd(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] geometry, "
+      "int[] tile, int act, Tensor(a!) out) -> ()");
+  m.def("cuda_depthwise_dgrad(Tensor grad, Tensor weight, int[] geometry, int[] tile, Tensor(a!) dx) -> ()");
+  m.def("cuda_depthwise_wgrad(Tensor grad, Tensor x, int[] geometry, Tensor(a!) workspace, Tensor(b!) dweight) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {

@@ -25,11 +25,22 @@ void conv(Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Te
           std::optional<Tensor> residual, std::vector<std::int64_t> geometry, std::int64_t act, bool tf32,
           std::int64_t tile_m, std::int64_t tile_n, Tensor out, std::optional<Tensor> sums,
           std::optional<Tensor> partials);
+// Convolutions: weights are packed by the Python layer; geometry is window, stride, padding and dilation, each (height,
+// width). A depthwise tile is the rows and channels of a thread, and the warps of a block.
+void depthwise_fwd(Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                   std::optional<Tensor> residual, std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile,
+                   std::int64_t act, Tensor out);
+void depthwise_dgrad(Tensor grad, Tensor weight, std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile,
+                     Tensor dx);
+void depthwise_wgrad(Tensor grad, Tensor x, std::vector<std::int64_t> geometry, Tensor workspace, Tensor dweight);
 
 // Registers each of them under its name in the namespace fused_resnet_C.
-#define FUSED_RESNET_CUDA_OPERATORS(m)                                     \
-  m.impl("cuda_add_act_fwd", TORCH_BOX(&fused_resnet::cuda::add_act_fwd)); \
-  m.impl("cuda_add_act_bwd", TORCH_BOX(&fused_resnet::cuda::add_act_bwd)); \
-  m.impl("cuda_conv", TORCH_BOX(&fused_resnet::cuda::conv))
+#define FUSED_RESNET_CUDA_OPERATORS(m)                                             \
+  m.impl("cuda_add_act_fwd", TORCH_BOX(&fused_resnet::cuda::add_act_fwd));         \
+  m.impl("cuda_add_act_bwd", TORCH_BOX(&fused_resnet::cuda::add_act_bwd));         \
+  m.impl("cuda_conv", TORCH_BOX(&fused_resnet::cuda::conv));                       \
+  m.impl("cuda_depthwise_fwd", TORCH_BOX(&fused_resnet::cuda::depthwise_fwd));     \
+  m.impl("cuda_depthwise_dgrad", TORCH_BOX(&fused_resnet::cuda::depthwise_dgrad)); \
+  m.impl("cuda_depthwise_wgrad", TORCH_BOX(&fused_resnet::cuda::depthwise_wgrad))
 
 }  // namespace fused_resnet::cuda

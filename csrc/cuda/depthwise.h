@@ -1,0 +1,152 @@
+// What the depthwise kernels share: geometry, how a map is cut into strips, and how the input under one is read.
+//
+// A thread owns kN channels of kColumns neighbouring columns, a strip, and slides down some rows of it, so that a row
+// of the input is loaded once a strip and converted once for all outputs that it reaches. Neighbouring threads have
+// neighbouring channels, then neighbouring columns: a warp's accesses lie side by side, and the columns that two
+// strips share come from L1. No thread waits for another.
+#pragma once
+
+#include <limits>
+#include <vector>
+
+#include "cuda/device.h"
+#include "cuda/launch.h"
+
+namespace fused_resnet::cuda {
+
+constexpr int kDepthwiseThreads = 128;  // of a block, at most
+
+// A convolution with one filter a channel: x [N, H, W, C], out [N, P, Q, C], and the window, each (down, across).
+struct Depthwise {
+  int images, h, w, p, q, channels;
+  int window[2], stride[2], padding[2], dilation[2];
+
+  Depthwise(const Tensor& x, const Tensor& out, const std::vector<std::int64_t>& geometry)
+      : images(static_cast<int>(x.size(0))),
+        h(static_cast<int>(x.size(2))),
+        w(static_cast<int>(x.size(3))),
+        p(static_cast<int>(out.size(2))),
+        q(static_cast<int>(out.size(3))),
+        channels(static_cast<int>(x.size(1))) {
+    STD_TORCH_CHECK(geometry.size() == 8, "geometry is window, stride, padding and dilation");
+    for (int i = 0; i < 2; ++i) {
+      window[i] = static_cast<int>(geometry[i]);
+      stride[i] = static_cast<int>(geometry[2 + i]);
+      padding[i] = static_cast<int>(geometry[4 + i]);
+      dilation[i] = static_cast<int>(geometry[6 + i]);
+    }
+  }
+
+  // Whether the window is r x r, without dilation and with the same stride down and across.
+  bool is(int r, int step) const {
+    return window[0] == r && window[1] == r && stride[0] == step && stride[1] == step && dilation[0] == 1 &&
+           dilation[1] == 1;
+  }
+};
+
+// A map of `height` rows cut into strips of `rows` rows, `columns` columns and `width` channels.
+struct Strips {
+  int height, rows, columns, width;
+  unsigned vectors, groups, down;  // across the channels, the columns and the rows
+
+  Strips(int height, int across, int channels, int rows, int columns, int width)
+      : height(height),
+        rows(rows),
+        columns(columns),
+        width(width),
+        vectors(static_cast<unsigned>(channels / width)),
+        groups(static_cast<unsigned>(ceil_div(across, columns))),
+        down(static_cast<unsigned>(ceil_div(height, rows))) {}
+
+  std::int64_t of_an_image() const { return static_cast<std::int64_t>(vectors) * groups * down; }
+};
+
+// One of them: its first row, column and channel, and the rows that it has in the map.
+struct Strip {
+  int image, row, rows, column, c;
+
+  FUSED_RESNET_DEVICE Strip(const Strips& all, unsigned number) {
+    c = static_cast<int>(number % all.vectors) * all.width;
+    number /= all.vectors;
+    column = static_cast<int>(number % all.groups) * all.columns;
+    number /= all.groups;
+    row = static_cast<int>(number % all.down) * all.rows;
+    image = static_cast<int>(number / all.down);
+    rows = all.height - row < all.rows ? all.height - row : all.rows;
+  }
+};
+
+// kN elements of T as they lie in memory: words that stay whole until they are used. As elements, 16-bit ones would each
+// take a register from the load on.
+template <class T, int kN>
+struct Raw {
+  static constexpr int kBytes = kN * static_cast<int>(sizeof(T));
+  using Word = std::conditional_t<kBytes % 4 == 0, std::uint32_t, std::uint16_t>;
+  static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
+  Pack<Word, kWords> words{};
+
+  FUSED_RESNET_DEVICE void load(const T* pointer) {
+    words = load_pack<Word, kWords>(reinterpret_cast<const Word*>(pointer));
+  }
+
+  FUSED_RESNET_DEVICE float operator[](int e) const {
+    if constexpr (sizeof(T) == 4) return as_float(words.data[e]);
+    const std::uint32_t word = words.data[e * 2 / static_cast<int>(sizeof(Word))];
+    if constexpr (std::is_same_v<T, Bf16>) return as_float(e % 2 ? word & 0xffff0000u : word << 16);
+    return static_cast<float>(Half(static_cast<std::uint16_t>(e % 2 ? word >> 16 : word), Half::from_bits()));
+  }
+};
+
+// Reads rows of kWidth columns, kN channels each, downwards from row h and column w of an image [height, width, C];
+// zeros outside of [first, last) and of the columns.
+template <class T, int kN, int kWidth>
+struct Rows {
+  const T* next;  // row h, column w, which may be outside of the tensor where it is not read
+  std::int64_t pitch;
+  int channels, h, first, last;
+  unsigned inside = 0;  // a bit a column
+
+  FUSED_RESNET_DEVICE Rows(const T* image, int width, int channels, int c, int h, int w, int first, int last)
+      : pitch(static_cast<std::int64_t>(width) * channels), channels(channels), h(h), first(first), last(last) {
+    next = image + h * pitch + static_cast<std::int64_t>(w) * channels + c;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j)
+      inside |= (w + j >= 0 && w + j < width ? 1u : 0u) << j;
+  }
+
+  FUSED_RESNET_DEVICE void read(Raw<T, kN> (&to)[kWidth]) {
+    const unsigned wanted = h >= first && h < last ? inside : 0;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      to[j] = {};
+      if (wanted >> j & 1) to[j].load(next + static_cast<std::int64_t>(j) * channels);
+    }
+    next += pitch;
+    ++h;
+  }
+};
+
+// Calls body(first image, images, strips) for as many images at a time as keep the number of a strip in 32 bits.
+template <class Body>
+void for_images(int images, std::int64_t strips_of_an_image, const Body& body) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() - kDepthwiseThreads;
+  STD_TORCH_CHECK(strips_of_an_image <= kMost, "depthwise convolution: more than 2^31 strips in an image");
+  const auto together = static_cast<int>(std::min<std::int64_t>(images, kMost / strips_of_an_image));
+  for (int first = 0; first < images; first += together) {
+    const int here = std::min(together, images - first);
+    body(first, here, static_cast<unsigned>(here * strips_of_an_image));
+  }
+}
+
+// Calls body(integral constant) with the first of the widths that is at most `wanted` and divides the channels.
+template <int... kWidths, class Body>
+void with_channels(int channels, std::int64_t wanted, const Body& body) {
+  bool found = false;
+  ((found || channels % kWidths || kWidths > wanted
+        ? void()
+        : (found = true, void(body(std::integral_constant<int, kWidths>{})))),
+   ...);
+  STD_TORCH_CHECK(found, "depthwise convolution: no kernel has so few channels a thread");
+}
+
+}  // namespace fused_resnet::cuda
