@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.backends import plan, reference
-from fused_resnet.backends import triton as backend
+from fused_resnet.backends import plan, reference, tunable_backends
 from fused_resnet.backends.problem import POOLED, Problem
+from fused_resnet.backends.tunable import in_turn
 
 REFERENCE = "reference"
 
@@ -27,36 +27,43 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.kernel or self.backend
+        """Of all candidates for a problem no other has it."""
+        return f"{self.backend} {self.kernel}".strip()
 
 
 def candidates(problem: Problem, tensors: tuple, most: int, entries: dict | None = None) -> list[Candidate]:
-    """The reference, then the kernels of the Triton backend, all on the same `random_tensors`.
+    """The reference, then up to `most` kernels of the backends that have several, in turn; on `random_tensors`.
 
     The reference of a convolution with its pooling is the two of them, the convolution as `entries`, a plan, has it.
     """
     x, weight, scale, shift, residual = tensors
+    backends = tunable_backends(x.device.type)
 
     def plain():
         return lambda: reference.compute(problem, *tensors)
 
     def separate():
         before = problem._replace(op="conv_scale_act")
-        kernel = (entries or {}).get(plan.key_of(before), {}).get("kernel")
-        for family, config in backend.candidates(before, x.device):
-            if str(config) == kernel:
-                run = backend.runner(before, family, config, weight, scale, shift)
+        entry = (entries or {}).get(plan.key_of(before), {})
+        backend = backends.get(entry.get("backend"))
+        for kernel in backend.candidates(before, x.device) if backend else ():
+            if str(kernel) == entry["kernel"]:
+                run = backend.runner(before, kernel, weight, scale, shift)
                 return lambda: F.max_pool2d(run(x, None, None), 3, 2, 1)
         return plain()
 
-    def kernel(family, config):
-        run = backend.runner(problem, family, config, weight, scale, shift)
+    def prepare(backend, kernel):
+        run = backend.runner(problem, kernel, weight, scale, shift)
         return lambda: run(x, residual, None)
 
-    found = [Candidate(REFERENCE, "", separate if problem.op == POOLED else plain)]
-    for family, config in backend.candidates(problem, x.device)[:most]:
-        found.append(Candidate("triton", str(config), partial(kernel, family, config)))
-    return found
+    def of_backend(name: str, backend) -> list[Candidate]:
+        return [
+            Candidate(name, str(kernel), partial(prepare, backend, kernel))
+            for kernel in backend.candidates(problem, x.device)
+        ]
+
+    found = in_turn(of_backend(*item) for item in backends.items())
+    return [Candidate(REFERENCE, "", separate if problem.op == POOLED else plain), *found[:most]]
 
 
 def random_tensors(problem: Problem, device: torch.device) -> tuple:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fused_resnet.backends import triton
+from fused_resnet.backends import backend_report, tunable_backends
+from fused_resnet.backends.selection import TUNABLE
 from fused_resnet.options import DTYPES, UsageError, add_model_options, build_model, positive
 from fused_resnet.tuning import tune
 
@@ -24,10 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    reason = triton.unavailable()
-    if reason:
-        raise UsageError(f"the backend 'triton' is not available: {reason}")
-    device = torch.device("cpu" if triton.interpreted() else "cuda:0")
+    where = next((device for device in ("cuda:0", "cpu") if tunable_backends(device.partition(":")[0])), "")
+    if not where:
+        reasons = [f"{name}: {reason}" for name, reason in backend_report().items() if name in TUNABLE]
+        raise UsageError(f"no backend is available whose kernels can be tuned: {'; '.join(reasons)}")
+    device = torch.device(where)
     model = build_model(args)
 
     def progress(problems):

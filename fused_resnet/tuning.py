@@ -1,5 +1,7 @@
 """`tune`: every kernel for every problem of a model, measured on this GPU; the fastest right one goes into the plan."""
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet._version import __version__
-from fused_resnet.backends import plan, reference
-from fused_resnet.backends import triton as backend
+from fused_resnet.backends import plan, reference, tunable_backends
 from fused_resnet.backends.problem import POOLED, Problem
+from fused_resnet.backends.selection import BACKENDS, TUNABLE
 from fused_resnet.candidates import candidates, measure, random_tensors, truth
 from fused_resnet.parity import compare, table
 
@@ -82,7 +84,7 @@ def tune(
     Raises:
         ValueError: a model in training mode, or nothing in it that could be tuned; a file that is not this GPU's plan.
         OSError: the plan cannot be written.
-        RuntimeError: the Triton backend is not available, or the example is not where it runs.
+        RuntimeError: no backend with kernels to choose from is available, or takes the example.
     """
     _check(model, example)
     name = plan.device_name(example.device)
@@ -106,20 +108,22 @@ def tune(
 def _check(model: nn.Module, example: Tensor) -> None:
     if model.training:
         raise ValueError("tune: the model is in training mode; call model.eval() first")
-    reason = backend.unavailable()
-    if reason:
-        raise RuntimeError(f"tune: the backend 'triton' is not available: {reason}")
-    reason = backend.unsupported("conv_scale_act", example)
-    if reason:
-        raise RuntimeError(f"tune: nothing can be tuned here: {reason}")
+    reasons = {name: BACKENDS[name].unavailable() or BACKENDS[name].unsupported("add_act", example) for name in TUNABLE}
+    if all(reasons.values()):
+        text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise RuntimeError(f"tune: nothing can be tuned here: {text}")
+    if example.is_cuda and importlib.util.find_spec("triton") is None:
+        raise RuntimeError("tune: its clock is Triton's, which is not installed (pip install triton)")
 
 
 def versions() -> dict[str, str]:
     """Of what a plan was measured with."""
-    import triton
-
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
     cuda = torch.version.cuda or "none"
-    return {"fused_resnet": __version__, "torch": torch.__version__, "triton": triton.__version__, "cuda": cuda}
+    return {"fused_resnet": __version__, "torch": torch.__version__, "triton": triton, "cuda": cuda}
 
 
 class _Problems(TorchDispatchMode):
@@ -143,7 +147,9 @@ class _Problems(TorchDispatchMode):
             self.found[Problem.of(name, args[0], None, None, residual, args[-2])] = None
         elif name == "aten::max_pool2d_with_indices" and self.last is not None and args[0] is self.last[0]:
             pooled = self.last[1]._replace(op=POOLED)
-            if args[1:4] == ([3, 3], [2, 2], [1, 1]) and backend.candidates(pooled, args[0].device):
+            backends = tunable_backends(args[0].device.type).values()
+            takes = any(backend.candidates(pooled, args[0].device) for backend in backends)
+            if args[1:4] == ([3, 3], [2, 2], [1, 1]) and takes:
                 self.found[pooled] = None
         return result
 

@@ -1,4 +1,6 @@
-"""What every test needs: torchvision beside a CPU-only torch, seeds, and the GPU's absence said aloud."""
+"""What every test needs: torchvision beside a CPU-only torch, the CUDA kernels without a GPU, seeds, and the GPU's
+absence said aloud.
+"""
 
 import contextlib
 import importlib.util
@@ -33,6 +35,22 @@ def _load_torchvision_operators() -> None:
             torch.ops.load_library(library)
 
 
+def _load_emulator() -> None:
+    """Without a GPU the CUDA kernels are built for the CPU, so that every test of all backends runs them too.
+
+    Kernels that do not compile end the run. FUSED_RESNET_EMULATOR=0 does without, where the time counts.
+    """
+    if torch.cuda.is_available() or os.environ.get("FUSED_RESNET_EMULATOR", "1") == "0":
+        return
+    from emulator import build
+
+    from fused_resnet.backends.cpu import extension_missing
+
+    if not extension_missing():  # which defines the operators
+        build.load()
+
+
+_load_emulator()
 _load_torchvision_operators()
 _TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
 for _name in ("nms", "qnms"):

@@ -25,7 +25,7 @@ def test_instruction_set(name):
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN,
          *[str(HERE / f"{file}.py") for file in FILES]],
-        env=os.environ | {"FUSED_RESNET_CPU_ISA": name, "TRITON_INTERPRET": "0"},
+        env=os.environ | {"FUSED_RESNET_CPU_ISA": name, "TRITON_INTERPRET": "0", "FUSED_RESNET_EMULATOR": "0"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-3000:]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("expecttest")  # op_db needs it
 
-from problems import BACKEND_NAMES, backends, dtypes
+from problems import BACKEND_NAMES, backends, dtypes, image, require
 from tolerances import assert_two_times
 from torch.testing._internal.common_methods_invocations import op_db
 
@@ -50,6 +50,7 @@ def compare(fused, eager, tensors):
 @backends
 @dtypes()
 def test_op_db_conv2d(dtype, backend):
+    require(backend, "conv_scale_act", image(1, 4, 3, 3, dtype=dtype), torch.empty(4, 4, 3, 3, dtype=dtype))
     done, left_out = 0, []
     for sample in samples("nn.functional.conv2d", dtype):
         x, (weight, bias) = sample.input, (*sample.args, None)[:2]
@@ -70,9 +71,6 @@ def test_op_db_conv2d(dtype, backend):
 
         compare(fused, eager, (x, weight, bias))
         done += 1
-    if dtype == torch.float16 and backend == "cpu":
-        assert done == 0
-        pytest.skip(f"{backend}: {left_out[-1]}")
     assert done >= LEAST_CONVOLUTIONS, left_out
 
 
@@ -83,6 +81,7 @@ def _geometry(kwargs: dict) -> dict:
 @backends
 @dtypes()
 def test_op_db_batch_norm(dtype, backend):
+    require(backend, "scale_act", image(1, 4, 3, 3, dtype=dtype))
     done, left_out = 0, []
     for sample in samples("nn.functional.batch_norm", dtype):
         x, (running_mean, running_var, weight, bias), kwargs = sample.input, sample.args, sample.kwargs
@@ -105,10 +104,8 @@ def test_op_db_batch_norm(dtype, backend):
 
         compare(fused, eager, (x, weight, bias))
         done += 1
-    if dtype == torch.float16 and backend == "cpu":
-        assert done == 0
-        pytest.skip(f"{backend}: {left_out[0]}")
-    assert done >= (LEAST_IN_INFERENCE if backend == "triton" else LEAST_BATCH_NORMS), left_out
+    inference_only = BACKENDS[backend].unsupported("bn_act", image(1, 4, 3, 3, dtype=dtype))
+    assert done >= (LEAST_IN_INFERENCE if inference_only else LEAST_BATCH_NORMS), left_out
 
 
 def test_op_db_has_both():

@@ -14,14 +14,14 @@ from problems import BACKEND_NAMES, LAYOUTS
 
 import fused_resnet as fr
 from fused_resnet._version import __version__
-from fused_resnet.backends import backend_report, plan, selection, triton
+from fused_resnet.backends import backend_report, canary, plan, selection, triton, tunable
 from fused_resnet.backends.problem import Problem
 from fused_resnet.ops import conv_scale_act
 
 if "triton" not in BACKEND_NAMES:
     pytest.skip(backend_report()["triton"], allow_module_level=True)
 
-from fused_resnet.backends.triton import canary, registry
+from fused_resnet.backends.triton import registry
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 KERNEL = "general 64x16x32 w4 s4"
@@ -71,15 +71,15 @@ def write_plan(backend="triton", kernel=KERNEL, path=None, versions=None):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The kernels that convolutions ran, as (family, configuration); nothing of the canary's."""
+    """The kernels that convolutions ran; nothing of the canary's."""
     found = []
-    original = triton.runner
+    original = tunable.prepare
 
-    def runner(problem, family, config, *rest):
-        found.append(str(config))
-        return original(problem, family, config, *rest)
+    def prepare(backend, problem, device, *rest):
+        found.append(str(tunable.choose(backend, problem, device)[0]))
+        return original(backend, problem, device, *rest)
 
-    monkeypatch.setattr(triton, "runner", runner)
+    monkeypatch.setattr(tunable, "prepare", prepare)
     return found
 
 
@@ -139,7 +139,7 @@ def test_explicit_backend_takes_the_plans_kernel(ran):
 def test_plan_with_a_kernel_that_is_gone(ran):
     write_plan(kernel="general 1024x1024x1024 w4 s4")
     convolve()
-    first = registry.heuristic(problem(), triton.capability(DEVICE))[1]
+    first = registry.heuristic(problem(), triton.capability(DEVICE))
     assert ran == [str(first)]
 
 
@@ -259,10 +259,10 @@ def test_canary_of_a_split_sum_passes(big):
     """The tiny problem must not have another number of parts."""
     x, weight, padding = big
     whole = Problem("conv_scale_act", x, torch.float16, weight, padding=padding, act="relu")
-    family, config = registry.heuristic(whole, (9, 0))
-    assert config.blocks[-1] > 1
+    kernel = registry.heuristic(whole, (9, 0))
+    assert kernel.config.blocks[-1] > 1
     small = canary.tiny(whole)
-    expected, out = canary.run(small, family, config, torch.device("cpu") if DEVICE.type == "cpu" else DEVICE)
+    expected, out = canary.run(triton, small, kernel, DEVICE)
     assert torch.equal(out, expected)
 
 
@@ -307,8 +307,8 @@ def test_broken_verdicts_are_ignored_with_a_warning(cache, ran, text):
 def test_cache_folder_that_cannot_be_written(ran, monkeypatch, tmp_path):
     write_plan()
     (tmp_path / "file").write_text("")
-    (path,) = [canary._path(DEVICE)]
-    monkeypatch.setattr(canary, "_path", lambda device: tmp_path / "file" / path.name)
+    (path,) = [canary._path(triton, DEVICE)]
+    monkeypatch.setattr(canary, "_path", lambda *_: tmp_path / "file" / path.name)
     with pytest.warns(UserWarning, match="cannot be written, so that kernels are tried in every run"):
         convolve()
     assert ran == [KERNEL]

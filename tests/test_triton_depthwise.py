@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from problems import BACKEND_NAMES, dtypes, poisoned, representable
 from tolerances import assert_two_times
 
-from fused_resnet.backends import backend_report, triton
+from fused_resnet.backends import backend_report, canary, triton
+from fused_resnet.backends.config import Config, Kernel
 from fused_resnet.backends.problem import Problem
 
 if "triton" not in BACKEND_NAMES:
     pytest.skip(backend_report()["triton"], allow_module_level=True)
 
-from fused_resnet.backends.triton import canary, depthwise
-from fused_resnet.backends.triton.launch import Config
+from fused_resnet.backends.triton import depthwise
 
 poison = pytest.fixture(autouse=True)(poisoned)
 
@@ -64,14 +64,14 @@ def test_depthwise_exact(problem):
     if DEVICE.type == "cpu":  # where warps are nothing
         found = list({config.blocks: config for config in found}.values())
     for config in found if problem in PROBLEMS else found[:1]:
-        expected, out = canary.run(problem, depthwise.FAMILY, config, DEVICE)
+        expected, out = canary.run(triton, problem, Kernel(depthwise.FAMILY, config), DEVICE)
         assert torch.equal(out, expected), config
 
 
 @pytest.mark.parametrize("config", TILES, ids=str)
 def test_depthwise_exact_in_any_tile(config):
     problem = PROBLEMS[0]
-    expected, out = canary.run(problem, depthwise.FAMILY, config, DEVICE)
+    expected, out = canary.run(triton, problem, Kernel(depthwise.FAMILY, config), DEVICE)
     assert torch.equal(out, expected)
 
 

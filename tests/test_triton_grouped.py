@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from problems import BACKEND_NAMES, dtypes, poisoned, representable
 from tolerances import assert_two_times
 
-from fused_resnet.backends import backend_report, triton
+from fused_resnet.backends import backend_report, canary, triton
+from fused_resnet.backends.config import Kernel
 from fused_resnet.backends.problem import Problem
 
 if "triton" not in BACKEND_NAMES:
     pytest.skip(backend_report()["triton"], allow_module_level=True)
 
-from fused_resnet.backends.triton import canary, grouped
+from fused_resnet.backends.triton import grouped
 
 poison = pytest.fixture(autouse=True)(poisoned)
 
@@ -62,7 +63,7 @@ def test_grouped_exact(problem):
     if DEVICE.type == "cpu":  # where stages are nothing
         found = list({config.blocks: config for config in found}.values())
     for config in found if problem in PROBLEMS else found[:1]:
-        expected, out = canary.run(problem, grouped.FAMILY, config, DEVICE)
+        expected, out = canary.run(triton, problem, Kernel(grouped.FAMILY, config), DEVICE)
         assert torch.equal(out, expected), config
 
 

@@ -9,6 +9,7 @@ from fused_resnet.backends.selection import (
     select,
     select_pooled,
     surroundings,
+    tunable_backends,
     use_backend,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "select",
     "select_pooled",
     "surroundings",
+    "tunable_backends",
     "use_backend",
 ]

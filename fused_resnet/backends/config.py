@@ -1,6 +1,6 @@
 """A kernel's configuration, by whose name plans know it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Config(NamedTuple):
@@ -27,3 +27,13 @@ class Config(NamedTuple):
         except ValueError:
             raise ValueError(f"not a kernel's configuration: {text!r}") from None
         return cls(family, *numbers)
+
+
+class Kernel(NamedTuple):
+    """A family of kernels in one configuration, whose name is its own."""
+
+    family: Any
+    config: Config
+
+    def __str__(self) -> str:
+        return str(self.config)

@@ -17,6 +17,24 @@ def windows(size, window, stride, padding, dilation=(1, 1)) -> tuple[int, int]:
     return p, q
 
 
+class ConvArgs(NamedTuple):
+    """Arguments of a 2-d convolution, each a pair (height, width)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(cls, stride, padding, dilation, groups) -> "ConvArgs":
+        """From the lists that the dispatcher hands on."""
+        return cls(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+    def output_size(self, x: Tensor, weight: Tensor) -> list[int]:
+        spatial = windows(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation)
+        return [x.shape[0], weight.shape[0], *spatial]
+
+
 class Problem(NamedTuple):
     """One call of an operator, without its tensors.
 
@@ -55,6 +73,10 @@ class Problem(NamedTuple):
         p, q = self.size
         pooled = ((p - 1) // 2 + 1, (q - 1) // 2 + 1) if self.op == POOLED else (p, q)
         return self.x[0], self.weight[0], *pooled
+
+    @property
+    def args(self) -> ConvArgs:
+        return ConvArgs(self.stride, self.padding, self.dilation, self.groups)
 
     @property
     def depthwise(self) -> bool:

@@ -13,15 +13,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import cpu, plan, reference, triton
+from fused_resnet.backends import cpu, cuda, plan, reference, triton
 from fused_resnet.backends.problem import POOLED, Problem
 
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "silu")
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 
-# What the heuristic tries, in this order, before the reference. Triton's kernels have not run on a GPU yet: there only
-# a plan, which was measured, chooses them.
+# Those with several kernels for a problem, which plans choose from; see `tunable.Tunable`.
+TUNABLE = ("triton", "cuda")
+
+# What the heuristic tries, in this order, before the reference. The kernels for GPUs have not run on one yet: there
+# only a plan, which was measured, chooses them.
 PREFERRED = {"cpu": ("cpu",), "cuda": ()}
 
 # The choices so far: a pure function of the problem, asked at every call.
@@ -41,6 +44,12 @@ def available_backends() -> list[str]:
 def backend_report() -> dict[str, str]:
     """Every backend's name, with the reason why it cannot be used here; empty: it can."""
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+
+
+def tunable_backends(device_type: str) -> dict[str, ModuleType]:
+    """The backends of `TUNABLE` that are available and take tensors of a device, by name."""
+    found = {name: BACKENDS[name] for name in TUNABLE if not BACKENDS[name].unavailable()}
+    return {name: backend for name, backend in found.items() if backend.device_type() == device_type}
 
 
 class use_backend:
@@ -128,7 +137,7 @@ def select_pooled(x: Tensor, weight: Tensor, args, act: str) -> ModuleType | Non
 
 def _automatic(problem: Problem, x: Tensor, weight: Tensor | None, args) -> tuple[ModuleType, str, bool]:
     """The backend, why it is that one, and whether the choice holds for the next call."""
-    entry = plan.find(problem, x.device) if x.device.type == triton.device_type() else None
+    entry = plan.find(problem, x.device) if tunable_backends(x.device.type) else None
     if entry is not None and entry.backend in BACKENDS:
         planned = BACKENDS[entry.backend]
         reason = planned.unavailable() or planned.unsupported(problem.op, x, weight, args)

@@ -1,29 +1,9 @@
 """The normal form of a convolution's arguments, and its output size."""
 
-from typing import NamedTuple
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.backends.problem import windows
-
-
-class ConvArgs(NamedTuple):
-    """Arguments of a 2-d convolution, each a pair (height, width)."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    @classmethod
-    def of(cls, stride, padding, dilation, groups) -> "ConvArgs":
-        """From the lists that the dispatcher hands on."""
-        return cls(tuple(stride), tuple(padding), tuple(dilation), groups)
-
-    def output_size(self, x: Tensor, weight: Tensor) -> list[int]:
-        spatial = windows(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation)
-        return [x.shape[0], weight.shape[0], *spatial]
+from fused_resnet.backends.problem import ConvArgs as ConvArgs
 
 
 def pair(op: str, name: str, value, least: int) -> tuple[int, int]:

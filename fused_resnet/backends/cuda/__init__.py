@@ -1,1 +1,186 @@
-"""CUDA: the compiled kernels of csrc/cuda, on NVIDIA GPUs from sm_80 on."""
+"""CUDA: the compiled kernels of csrc/cuda, on NVIDIA GPUs from sm_80 on.
+
+The tests build the same kernels for the CPU (tests/emulator) and register them there: it takes CPU tensors then.
+"""
+
+import hashlib
+import re
+import sys
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends import reference, tunable
+from fused_resnet.backends.config import Kernel
+from fused_resnet.backends.cpu import extension_missing
+from fused_resnet.backends.cuda import depthwise, implicit_gemm, registry, training
+from fused_resnet.backends.cuda.training import add_act as add_act
+from fused_resnet.backends.cuda.training import add_act_backward as add_act_backward
+from fused_resnet.backends.cuda.training import bn_act as bn_act
+from fused_resnet.backends.cuda.training import bn_act_backward as bn_act_backward
+from fused_resnet.backends.cuda.training import scale_act as scale_act
+from fused_resnet.backends.layout import ready
+from fused_resnet.backends.problem import Problem
+from fused_resnet.backends.tunable import capability as capability
+
+NAME = "cuda"
+
+# Operators that have one kernel; those of convolutions are in `registry`.
+OPERATORS = ("add_act", "add_act_backward", "bn_act", "scale_act")
+
+# The operator by whose kernel for CPU tensors the tests' emulator is known.
+EMULATED = "fused_resnet_C::cuda_add_act_fwd"
+
+_this = sys.modules[__name__]
+
+
+@cache
+def architectures() -> str:
+    """The compute capabilities that kernels were compiled for, such as "8.0+PTX;9.0a"; "": none were built."""
+    return "" if extension_missing() else torch.ops.fused_resnet_C.cuda_architectures()
+
+
+@cache
+def _lacking() -> str:
+    """What its kernels lack to run on a GPU."""
+    if extension_missing():
+        return extension_missing()
+    if not architectures():
+        return "the compiled extension has no CUDA kernels; install where nvcc is: pip install --no-build-isolation ."
+    if torch.version.cuda is None:
+        return "this torch is built for the CPU"
+    return "" if torch.cuda.is_available() else "no NVIDIA GPU is here"
+
+
+def _emulated() -> bool:
+    """Whether the kernels are registered for CPU tensors."""
+    return not extension_missing() and torch._C._dispatch_has_kernel_for_dispatch_key(EMULATED, "CPU")
+
+
+def unavailable() -> str:
+    return "" if _lacking() and _emulated() else _lacking()
+
+
+def device_type() -> str:
+    """Where its tensors are."""
+    return "cpu" if _lacking() and _emulated() else "cuda"
+
+
+def covered(compiled: str, device: tuple[int, int]) -> bool:
+    """Whether a library that was compiled for `architectures` has code for a device; also where that names none."""
+    found = re.findall(r"(\d+)\.(\d+)([a-z]?)(\+PTX)?", compiled)
+    for major, minor, exact, ptx in found:
+        version = int(major), int(minor)
+        if version == device or (not exact and version <= device and (ptx or version[0] == device[0])):
+            return True
+    return not found
+
+
+def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> str:
+    if x.device.type != device_type():
+        return f"x is on {x.device}"
+    reason = tunable.unfit(x)
+    if reason or op in OPERATORS:
+        return reason or _no_code(x.device)
+    if op not in ("conv_scale_act", "conv_bn_act"):
+        return "it has no kernel for that"
+    problem = Problem.of("conv_scale_act", x, weight, args, None, "none")
+    return (
+        _no_code(x.device)
+        if registry.takes(problem, capability(x.device))
+        else "no kernel of it takes this convolution"
+    )
+
+
+def _no_code(device: torch.device) -> str:
+    if device.type == "cpu" or covered(architectures(), capability(device)):
+        return ""
+    return f"its kernels were compiled for {architectures()}, and {device} is {'.'.join(map(str, capability(device)))}"
+
+
+# --- which kernel -----------------------------------------------------------------------------------------------------
+
+
+def candidates(problem: Problem, device: torch.device) -> list:
+    """Every kernel that can run the problem, the likeliest first; [""] for an operator that has but one."""
+    if problem.op in OPERATORS:
+        return [""]
+    return registry.candidates(problem, capability(device))
+
+
+def explain(problem: Problem, device: torch.device) -> str:
+    return tunable.explain(_this, problem, device)
+
+
+def trusted(problem: Problem, device: torch.device) -> bool | None:
+    return tunable.trusted(_this, problem, device)
+
+
+@cache
+def version() -> str:
+    """Its architectures, and a digest of the compiled library."""
+    library = Path(sys.modules["fused_resnet._C"].__file__)
+    return f"cuda{architectures()}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}"
+
+
+def convolves_by_torch(kernel: Kernel) -> bool:
+    return False
+
+
+def lasting(error: Exception) -> bool:
+    """No: what a launch fails by may be the state of this process's device."""
+    return False
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+
+def runner(problem, kernel, weight, scale, shift):
+    """`run(x, residual, out)` of one kernel; what an operator does not have is None."""
+    if problem.op == "add_act":
+        return lambda x, residual, out: add_act(x, residual, problem.act)
+    if problem.op == "scale_act":
+        return lambda x, residual, out: training.scale_act(x, scale, shift, residual, problem.act)
+    launch = partial(kernel.family.run, problem, kernel.config)
+    return tunable.family_runner(NAME, problem, kernel, launch, weight, scale, shift)
+
+
+def conv_scale_act(x, weight, scale, shift, residual, args, act):
+    return prepare_conv_scale_act(x, weight, scale, shift, residual, args, act)(x, residual, None)
+
+
+def prepare_conv_scale_act(x, weight, scale, shift, residual, args, act):
+    """Return `run(x, residual, out)` for inputs like these; `out` is the residual or None."""
+    problem = Problem.of("conv_scale_act", x, weight, args, residual, act)
+    return tunable.prepare(_this, problem, x.device, weight, scale, shift)
+
+
+def prepare_conv_scale_act_max_pool2d(x, weight, scale, shift, args, act):
+    """None: it has no such kernel."""
+
+
+def conv_bn_act(x, weight, conv_bias, bn_weight, bn_bias, residual, args, eps, act):
+    """The general convolution takes the statistics of what it writes; behind the special ones they are a pass more."""
+    family = candidates(Problem.of("conv_scale_act", x, weight, args, None, "none"), x.device)[0].family
+    if family is implicit_gemm.FAMILY:
+        z, *moments = implicit_gemm.with_moments(ready(x), weight, conv_bias, args)
+        y, mean, var = training.finish_bn_act(z, *moments, bn_weight, bn_bias, residual, eps, act)
+        return y, z, mean, var
+    ones = torch.ones(weight.shape[0], device=x.device)
+    z = conv_scale_act(x, weight, ones, 0 * ones if conv_bias is None else conv_bias, None, args, "none")
+    y, mean, var = training.bn_act(z, bn_weight, bn_bias, residual, eps, act)
+    return y, z, mean, var
+
+
+def convolution_backward(grad, x, weight, args, needs):
+    """Gradients of x, weight and bias: of a depthwise convolution by our own kernels, else by aten (cuDNN)."""
+    family = candidates(Problem.of("conv_scale_act", x, weight, args, None, "none"), x.device)[0].family
+    if family is not depthwise.FAMILY:
+        return reference.convolution_backward(grad, x, weight, args, needs)
+    grad, x = ready(grad), ready(x)
+    d_x = depthwise.input_gradient(grad, x.shape, weight, args) if needs[0] else None
+    d_weight = depthwise.weight_gradient(grad, x, weight.shape, args).to(weight.dtype) if needs[1] else None
+    d_bias = reference.convolution_backward(grad, x, weight, args, (False, False, True))[2] if needs[2] else None
+    return d_x, d_weight, d_bias

@@ -5,12 +5,11 @@ merges the tiles in fp64 and in a fixed order. A convolution that leaves such pa
 `finish_bn_act`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from fused_resnet.backends.cpu import ACT_CODES
+from fused_resnet.backends.layout import empty, ready
 from fused_resnet.backends.reference import channels_last
 
 _ops = torch.ops.fused_resnet_C
@@ -21,18 +20,6 @@ _THREADS, _AT_ONCE, _MOST_LANES = 256, 4, 32
 # Blocks of a pass that leaves partials: 132 SMs x 12, whole waves of 2, 3, 4 or 6 blocks an SM. More would only make
 # the second stage longer.
 _BLOCKS = 132 * 12
-
-
-def ready(x: Tensor | None) -> Tensor | None:
-    """x as the kernels read it: channels_last, and from an address that is a multiple of 16."""
-    if x is None:
-        return None
-    x = channels_last(x)
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def empty(size, x: Tensor) -> Tensor:
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _vector(value: Tensor | None) -> Tensor | None:

@@ -5,28 +5,31 @@ them. Triton itself is imported with the first kernel.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import os
+import sys
 import threading
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import plan, reference
-from fused_resnet.backends.packing import packed
+from fused_resnet.backends import reference, tunable
+from fused_resnet.backends.config import Kernel
+from fused_resnet.backends.layout import empty
 from fused_resnet.backends.problem import POOLED, Problem
 from fused_resnet.backends.reference import channels_last
+from fused_resnet.backends.tunable import capability as capability
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NAME = "triton"
 OPS = ("conv_scale_act", POOLED, "scale_act", "add_act", "add_act_backward", "max_pool2d")
-
-# The interpreter has no compute capability: it runs the kernels of the newest GPU.
-INTERPRETED_CAPABILITY = (9, 0)
 
 MOST_POOLED = 25
 
 _interpreting = threading.RLock()
+_this = sys.modules[__name__]
 
 
 @cache
@@ -49,27 +52,22 @@ def unavailable() -> str:
     return "no NVIDIA GPU is here; TRITON_INTERPRET=1 runs it on the CPU, slowly, to test it"
 
 
-@cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of `device`; of the newest GPU where there is none, as for fake tensors."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return INTERPRETED_CAPABILITY
-    return torch.cuda.get_device_capability(device)
-
-
 def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> str:
     if x.device.type != device_type():
         return f"x is on {x.device}" + ("; with TRITON_INTERPRET=1 it takes the CPU's" if interpreted() else "")
-    if x.dtype not in DTYPES:
-        return f"{x.dtype} input; it takes float32, bfloat16 and float16"
-    if op not in OPS:
-        return "it has no kernels for training"
-    if capability(x.device) < (8, 0):
-        return f"{x.device} has compute capability {'.'.join(map(str, capability(x.device)))}; it needs 8.0"
-    if op == POOLED:
-        problem = Problem.of(op, x, weight, args, None, "none")
-        return "" if candidates(problem, x.device) else "no kernel of it takes this convolution with the pooling"
-    return ""
+    reason = tunable.unfit(x) or ("" if op in OPS else "it has no kernels for training")
+    if reason or op != POOLED:
+        return reason
+    problem = Problem.of(op, x, weight, args, None, "none")
+    return "" if candidates(problem, x.device) else "no kernel of it takes this convolution with the pooling"
+
+
+# --- which kernel -----------------------------------------------------------------------------------------------------
+
+
+def candidates(problem: Problem, device: torch.device) -> list[Kernel]:
+    """Every kernel that can run the problem, the likeliest first."""
+    return _registry().candidates(problem, capability(device))
 
 
 @cache
@@ -79,53 +77,32 @@ def _registry():
     return registry
 
 
-# --- which kernel -----------------------------------------------------------------------------------------------------
-
-# The kernel of each problem on each device; emptied with the plan.
-_choices: dict[tuple, tuple] = {}
-
-
-def choose(problem: Problem, device: torch.device) -> tuple:
-    """The family, the configuration and why: the plan's where it has one that this problem can take."""
-    key = (problem, device, plan.switches(), plan.generation())
-    found = _choices.get(key)
-    if found is None:
-        if len(_choices) >= plan.MOST_PROBLEMS:
-            _choices.clear()
-        found = _choices[key] = _choose(problem, device)
-    return found
-
-
-def _choose(problem: Problem, device: torch.device) -> tuple:
-    entry = plan.find(problem, device)
-    if entry is not None and entry.backend == "triton":
-        for family, config in candidates(problem, device):
-            if str(config) == entry.kernel:
-                return family, config, entry.source
-    return *_registry().heuristic(problem, capability(device)), "heuristic"
-
-
-def candidates(problem: Problem, device: torch.device) -> list[tuple]:
-    """Every (family, configuration) that can run the problem, the likeliest first."""
-    return _registry().candidates(problem, capability(device))
-
-
 def explain(problem: Problem, device: torch.device) -> str:
-    """Which kernel runs the problem, and who chose it; for the log."""
-    if not candidates(problem, device):
-        return ""
-    _, config, source = choose(problem, device)
-    return f"{config}, by the {source}"
+    return tunable.explain(_this, problem, device)
 
 
 def trusted(problem: Problem, device: torch.device) -> bool | None:
-    """Whether the kernel's first run on this GPU was right; None: it was not tried, and cannot be now."""
-    if not candidates(problem, device):
-        return False
-    from fused_resnet.backends.triton.canary import verdict
+    return tunable.trusted(_this, problem, device)
 
-    family, config, _ = choose(problem, device)
-    return verdict(problem, family, config, device)
+
+@cache
+def version() -> str:
+    """Triton's, and a digest of the kernels' sources."""
+    import triton
+
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return f"triton{triton.__version__}-{digest}"
+
+
+def convolves_by_torch(kernel: Kernel) -> bool:
+    return kernel.family.name == "cudnn"
+
+
+def lasting(error: Exception) -> bool:
+    import triton
+
+    return isinstance(error, (triton.CompilationError, triton.runtime.errors.OutOfResources))
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -141,21 +118,6 @@ def run_launches(launches, device: torch.device) -> None:
         for each in launches:
             each.run()
     return None
-
-
-def _ready(x: Tensor | None) -> Tensor | None:
-    """x as the kernels read it: channels_last, and from an address that is a multiple of 16, as TMA needs it."""
-    if x is None:
-        return None
-    return _aligned(channels_last(x))
-
-
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def empty(size, x: Tensor) -> Tensor:
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def conv_scale_act(x, weight, scale, shift, residual, args, act):
@@ -175,26 +137,16 @@ def prepare_conv_scale_act_max_pool2d(x, weight, scale, shift, args, act):
 
 
 def _prepare(problem, device, weight, scale, shift):
-    family, config, _ = choose(problem, device)
-    return runner(problem, family, config, weight, scale, shift)
+    return tunable.prepare(_this, problem, device, weight, scale, shift)
 
 
-def runner(problem, family, config, weight, scale, shift):
+def runner(problem, kernel, weight, scale, shift):
     """`run(x, residual, out)` of one kernel; what an operator does not have is None."""
-    form = ("triton", family.name, family.packed_by(config), problem.dtype, problem.groups)
-    weights = None
-    if weight is not None:
-        weights = packed(weight, form, lambda: _aligned(family.pack(weight.detach(), problem, config)))
-    scale, shift = (None if t is None else t.detach().float().contiguous() for t in (scale, shift))
 
-    def run(x, residual, out):
-        x, residual = _ready(x), _ready(residual)
-        if out is None or out.data_ptr() % 16:
-            out = empty(problem.output, x)
-        run_launches(family.launches(problem, config, x, weights, scale, shift, residual, out), x.device)
-        return out
+    def launch(x, *tensors):
+        run_launches(kernel.family.launches(problem, kernel.config, x, *tensors), x.device)
 
-    return run
+    return tunable.family_runner(NAME, problem, kernel, launch, weight, scale, shift)
 
 
 def scale_act(x, scale, shift, residual, act):

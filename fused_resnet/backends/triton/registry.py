@@ -1,7 +1,6 @@
 """The families of kernels, and which of them runs a problem in which configuration: a pure function of the problem."""
 
-from itertools import zip_longest
-
+from fused_resnet.backends.config import Kernel
 from fused_resnet.backends.problem import POOLED, Problem
 from fused_resnet.backends.triton import (
     conv1x1,
@@ -14,7 +13,8 @@ from fused_resnet.backends.triton import (
     stem,
     stem_pool,
 )
-from fused_resnet.backends.triton.launch import Config, Family
+from fused_resnet.backends.triton.launch import Family
+from fused_resnet.backends.tunable import in_turn
 
 # Those of one operator in the order in which they are asked: the special before the general.
 FAMILIES: dict[str, tuple[Family, ...]] = {
@@ -34,26 +34,23 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
 }
 
 
-def _by_family(problem: Problem, capability: tuple[int, int]) -> list[list[tuple[Family, Config]]]:
+def _by_family(problem: Problem, capability: tuple[int, int]) -> list[list[Kernel]]:
     """The kernels that can run the problem, each family's likeliest first."""
     able = [f for f in FAMILIES.get(problem.op, ()) if not f.unsupported(problem, capability)]
-    return [[(family, config) for config in family.configs(problem, capability)] for family in able]
+    return [[Kernel(family, config) for config in family.configs(problem, capability)] for family in able]
 
 
-def candidates(problem: Problem, capability: tuple[int, int]) -> list[tuple[Family, Config]]:
+def candidates(problem: Problem, capability: tuple[int, int]) -> list[Kernel]:
     """Every kernel that can run the problem: the heuristic's choice, each family's first, each one's second, ..."""
     families = _by_family(problem, capability)
-    if not families:
-        return []
-    in_turn = [kernel for kernels in zip_longest(*families) for kernel in kernels if kernel is not None]
-    return list(dict.fromkeys([heuristic(problem, capability), *in_turn]))
+    return list(dict.fromkeys([heuristic(problem, capability), *in_turn(families)])) if families else []
 
 
-def heuristic(problem: Problem, capability: tuple[int, int]) -> tuple[Family, Config]:
+def heuristic(problem: Problem, capability: tuple[int, int]) -> Kernel:
     """The kernel for a problem that was not measured."""
-    family, config = _by_family(problem, capability)[0][0]
-    if family is conv1x1.FAMILY:
+    first = _by_family(problem, capability)[0][0]
+    if first.family is conv1x1.FAMILY:
         other = implicit_gemm.configs(problem, capability)[0]
         if other.blocks[-1] > 1:  # too few tiles for the GPU: only the other family splits its sums
-            return implicit_gemm.FAMILY, other
-    return family, config
+            return Kernel(implicit_gemm.FAMILY, other)
+    return first

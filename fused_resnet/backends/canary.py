@@ -1,55 +1,60 @@
-"""A kernel earns its place: before it is chosen by itself it runs once, on a tiny problem of integers, on that GPU.
+"""A kernel earns its place: before it is chosen by itself it runs once, on a tiny problem, on that GPU.
 
-Its result must be the reference's, bit by bit. The verdict is kept on disk, for the GPU's architecture, the versions
-and the sources of the kernels; a kernel that fails is left out, with one warning.
+On whole numbers its result must be the reference's, bit by bit; where batch statistics round, to within `ROUNDED`. The
+verdict is kept on disk, for the GPU's architecture and the version of the backend's kernels; a kernel that fails is
+left out, with one warning.
 """
 
 import contextlib
-import hashlib
 import json
 import math
+import re
 import threading
 import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
-import triton
+from torch import Tensor
 
 from fused_resnet.backends import reference
-from fused_resnet.backends.problem import Problem
-from fused_resnet.backends.triton import capability, run_launches
-from fused_resnet.backends.triton.launch import Config, Family
+from fused_resnet.backends.problem import Problem, windows
 from fused_resnet.files import cache_folder, write_atomically
 
 FORMAT = 1
-LASTING = (triton.CompilationError, triton.runtime.errors.OutOfResources)
 EXACT_ACTS = ("none", "relu", "relu6")  # no rounding of their own
 MOST_CHANNELS, MOST_PIXELS = 192, 12
+
+# Operators of training, which a backend runs in one way, with the backward that goes with it.
+TRAINING = ("bn_act", "conv_bn_act", "add_act_backward", "max_pool2d")
+
+# What batch norm may round, in units in the last place of the largest value: some four roundings of a value, and those
+# of sums over a thousand others in another order. A value in a wrong place is a hundred of them away, even in bf16.
+ROUNDED = 16.0
+EPS = 1e-5
 
 _lock = threading.RLock()
 _verdicts: dict[Path, dict[str, bool]] = {}
 
 
-def verdict(problem: Problem, family: Family, config: Config, device: torch.device) -> bool | None:
+def verdict(backend, problem: Problem, kernel, device: torch.device) -> bool | None:
     """Whether the kernel's first run on this architecture was right; None: it was not tried, and cannot be now."""
     small = tiny(problem)
-    key = f"{small} {config}"
+    key = f"{small} {kernel}".strip()
     with _lock:
-        path = _path(device)
+        path = _path(backend, device)
         known = _verdicts.get(path)
         if known is None:
             known = _verdicts[path] = _read(path)
         if key not in known:
             if capturing(device):
                 return None
-            right, reason, lasts = _try(small, family, config, device)
+            right, reason, lasts = _try(backend, small, kernel, device)
             if right is None:
                 return None
             if not right:
-                warnings.warn(
-                    f"kernel {config} failed its first run on {small} and is left out: {reason}", stacklevel=2
-                )
+                name = str(kernel) or backend.NAME
+                warnings.warn(f"kernel {name} failed its first run on {small} and is left out: {reason}", stacklevel=2)
             known[key] = right
             if lasts:
                 _write(path, key, right)
@@ -67,8 +72,11 @@ def capturing(device: torch.device) -> bool:
 def tiny(problem: Problem) -> Problem:
     """A small problem of the same kind: the same window, strides, alignment and parity of sizes."""
     n, c, h, w = problem.x
+    problem = problem._replace(act=_exact(problem.act))
+    if problem.op in ("bn_act", "conv_bn_act"):  # which are asked for without what follows the statistics
+        problem = problem._replace(residual=True, act="relu")
     if not problem.weight:
-        return problem._replace(x=(min(n, 3), min(c, MOST_CHANNELS), min(h, 5), min(w, 7)), act=_exact(problem.act))
+        return problem._replace(x=(min(n, 3), min(c, MOST_CHANNELS), min(h, 5), min(w, 7)))
     k, group_c, r, s = problem.weight
     groups = min(problem.groups, max(MOST_CHANNELS // max(group_c, k // problem.groups), 2))
     # All input channels: a configuration may split their sum in parts that another number does not have.
@@ -78,7 +86,7 @@ def tiny(problem: Problem) -> Problem:
         least = max(MOST_PIXELS, problem.dilation[i] * (window - 1) + 1)
         size.append(min(have, least + (have - least) % 2))
     x = (min(n, 3), group_c * groups, *size)
-    return problem._replace(x=x, weight=(k, group_c, r, s), groups=groups, act=_exact(problem.act))
+    return problem._replace(x=x, weight=(k, group_c, r, s), groups=groups)
 
 
 def _exact(act: str) -> str:
@@ -90,39 +98,83 @@ def _fewer(channels: int) -> int:
     return MOST_CHANNELS if channels > MOST_CHANNELS and channels % 64 == 0 else channels
 
 
-def _try(problem: Problem, family: Family, config: Config, device: torch.device) -> tuple[bool | None, str, bool]:
+def _try(backend, problem: Problem, kernel, device: torch.device) -> tuple[bool | None, str, bool]:
     """Whether it is right, why not, and whether that will be so tomorrow: a full disk or a missing compiler may not."""
     try:
-        expected, out = run(problem, family, config, device)
+        pairs = train(backend, problem, device) if problem.op in TRAINING else [run(backend, problem, kernel, device)]
     except torch.OutOfMemoryError:
         return None, "", False
     except Exception as error:  # the compiler's, the driver's: whatever it is, the kernel does not run here
         first = (str(error).strip() or "?").splitlines()[0]
-        return False, f"{type(error).__name__}: {first}", isinstance(error, LASTING)
-    wrong = int((out != expected).sum())
-    return wrong == 0, f"{wrong} of {out.numel()} values are wrong" if wrong else "", True
+        return False, f"{type(error).__name__}: {first}", backend.lasting(error)
+    for expected, out in pairs:
+        wrong = int(differ(expected, out, ROUNDED if problem.op in ("bn_act", "conv_bn_act") else 0.0).sum())
+        if wrong:
+            return False, f"{wrong} of {out.numel()} values are wrong", True
+    return True, "", True
+
+
+def differ(expected: Tensor, out: Tensor, ulps: float) -> Tensor:
+    """Where two tensors differ by more than so many units in the last place of the largest value; NaN always does."""
+    if not ulps or not expected.numel():
+        return out != expected.to(out.dtype)
+    bound = ulps * torch.finfo(out.dtype).eps * expected.abs().max()
+    return ~((out.to(expected.dtype) - expected).abs() <= bound)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def run(problem: Problem, family: Family, config: Config, device: torch.device):
-    """What the problem with integers for values must give, and what the kernel gives; both on the CPU."""
+def run(backend, problem: Problem, kernel, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a problem of inference with integers for values must give, and what the kernel gives; both on the CPU."""
     tensors = integers(problem)
     x, weight, scale, shift, residual = (None if t is None else t.double() for t in tensors)
-    if family.name == "cudnn":  # whose algorithms may round integers: what is tried is the launch behind it
+    if backend.convolves_by_torch(kernel):  # what is tried is the launch behind it
         there = [t.to(device, memory_format=torch.channels_last) for t in tensors[:2]]
         z = reference.convolution(*there, None, problem).cpu().double()
         expected = reference.scale_act(z, scale, shift, residual, problem.act)
     else:
         expected = reference.compute(problem, x, weight, scale, shift, residual)
     x, weight, scale, shift, residual = (None if t is None else t.to(device) for t in tensors)
-    weights = None if weight is None else family.pack(weight, problem, config)
     out = torch.full(problem.output, float("nan"), dtype=problem.dtype, device=device)
     out = out.contiguous(memory_format=torch.channels_last)
-    residual = None if residual is None else reference.channels_last(residual)
-    x = reference.channels_last(x)
-    run_launches(family.launches(problem, config, x, weights, scale, shift, residual, out), device)
+    out = backend.runner(problem, kernel, weight, scale, shift)(x, residual, out)
     return expected.to(problem.dtype), out.cpu()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def train(backend, problem: Problem, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """What an operator of training and its backward must give for integers, and what the backend gives.
+
+    Each step of the reference, in fp64, starts from what the backend's steps before it gave: a ReLU whose input is
+    rounded to the other side of zero is no fault of the backward's.
+    """
+    tensors = (None if t is None else t.to(device) for t in integers(problem))
+    tensors = (reference.channels_last(t) if t is not None and t.dim() == 4 else t for t in tensors)
+    x, weight, scale, shift, residual = tensors
+    grad = reference.channels_last((x if residual is None else residual).flip(0, 2, 3))
+    pairs = []
+
+    def step(name: str, *args):
+        found = getattr(backend, name)(*args)
+        wide = (a.cpu().double() if isinstance(a, Tensor) else a for a in args)
+        expected = getattr(reference, name)(*wide)
+        both = ((expected, found),) if isinstance(found, Tensor) else zip(expected, found, strict=True)
+        pairs.extend((e, f.cpu()) for e, f in both if f is not None)
+        return found
+
+    if problem.op == "max_pool2d":
+        window = (3, 3), (2, 2), (1, 1)
+        step("max_pool2d", x, *window, windows(problem.x[2:], *window))
+    elif problem.op == "add_act_backward":
+        step("add_act_backward", grad, reference.add_act(x, x, problem.act), None, None, problem.act)
+    elif problem.op == "bn_act":
+        y, mean, var = step("bn_act", x, scale, shift, residual, EPS, problem.act)
+        step("bn_act_backward", grad, x, y, scale, shift, residual, mean, var, EPS, problem.act, (True,) * 4)
+    else:
+        step("conv_bn_act", x, weight, None, scale, shift, residual, problem.args, EPS, problem.act)
+        step("convolution_backward", grad, x, weight, problem.args, (True, True, False))
+    return pairs
 
 
 def integers(problem: Problem) -> tuple:
@@ -153,16 +205,10 @@ def integers(problem: Problem) -> tuple:
 
 
 @cache
-def _sources() -> str:
-    """A digest of the kernels' sources."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-@cache
-def _path(device: torch.device) -> Path:
-    arch = "sm_{}{}".format(*capability(device)) if device.type == "cuda" else "interpreter"
-    return cache_folder() / f"verdicts-{arch}-triton{triton.__version__}-torch{torch.__version__}-{_sources()}.json"
+def _path(backend, device: torch.device) -> Path:
+    arch = "sm_{}{}".format(*backend.capability(device)) if device.type == "cuda" else device.type
+    version = re.sub(r"[^\w.+-]+", "_", backend.version())
+    return cache_folder() / f"verdicts-{arch}-{version}-torch{torch.__version__}.json"
 
 
 def _parse(path: Path) -> dict[str, bool]:
