@@ -1,6 +1,5 @@
 """csrc/cuda/implicit_gemm.h, kernel by kernel: on a GPU where there is one, else thread by thread on the CPU."""
 
-import contextlib
 import os
 
 import pytest
@@ -78,10 +77,9 @@ def compute(case: Problem, config, x, weight, scale, shift, residual):
     return out.cpu()
 
 
-@contextlib.contextmanager
-def tf32(allowed: bool):
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=allowed):
-        yield
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    monkeypatch.setattr(implicit_gemm, "tf32_allowed", lambda x: False)
 
 
 MODES = {"bf16": (torch.bfloat16, False), "fp16": (torch.float16, False)}
@@ -90,15 +88,15 @@ MODES |= {"tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 
 @problems
 @pytest.mark.parametrize("mode", MODES)
-def test_implicit_gemm_exact_in_every_configuration(case, mode):
+def test_implicit_gemm_exact_in_every_configuration(case, mode, monkeypatch):
+    monkeypatch.setattr(implicit_gemm, "tf32_allowed", lambda x: MODES[mode][1])
     case = case._replace(dtype=MODES[mode][0])
     inputs = tensors(case)
     expected = representable(plain(case, *inputs), case.dtype)
     configs = implicit_gemm.configs(case, CAPABILITY)
     assert len(set(configs)) == len(configs) > 0
-    with tf32(MODES[mode][1]):
-        for config in configs:
-            assert torch.equal(compute(case, config, *inputs), expected), config
+    for config in configs:
+        assert torch.equal(compute(case, config, *inputs), expected), config
 
 
 def test_implicit_gemm_splits_what_would_not_fill_a_gpu():
@@ -121,9 +119,8 @@ def test_implicit_gemm_two_times(case, dtype, act):
     eager = z.float() * inputs[2].cpu().view(1, -1, 1, 1) + inputs[3].cpu().view(1, -1, 1, 1)
     eager = eager if inputs[4] is None else eager + inputs[4].cpu().float()
     eager = {"relu": F.relu, "hardswish": F.hardswish, "silu": F.silu}[act](eager).to(dtype)
-    with tf32(False):
-        for config in implicit_gemm.configs(case, CAPABILITY)[:4]:
-            assert_two_times(compute(case, config, *inputs), eager, truth, str(config))
+    for config in implicit_gemm.configs(case, CAPABILITY)[:4]:
+        assert_two_times(compute(case, config, *inputs), eager, truth, str(config))
 
 
 @dtypes()
@@ -132,13 +129,12 @@ def test_implicit_gemm_nan_and_inf(dtype):
     case = problem((2, 20, 6, 7), 24)._replace(dtype=dtype, act="none")
     x, weight, scale, shift, _ = tensors(case, torch.randn)
     x[0, 3, 2, 2], x[1, 19, 0, 0], x[1, 1, 5, 6], x[0, 0, 5, 0] = torch.inf, torch.nan, -torch.inf, torch.inf
-    with tf32(False):
-        expected = plain(case, x, weight, scale, shift, None)
-        for config in implicit_gemm.configs(case, CAPABILITY):
-            found = compute(case, config, x, weight, scale, shift, None)
-            assert torch.equal(found.isnan(), expected.isnan()), config
-            assert torch.equal(found == torch.inf, expected == torch.inf), config
-            assert torch.equal(found == -torch.inf, expected == -torch.inf), config
+    expected = plain(case, x, weight, scale, shift, None)
+    for config in implicit_gemm.configs(case, CAPABILITY):
+        found = compute(case, config, x, weight, scale, shift, None)
+        assert torch.equal(found.isnan(), expected.isnan()), config
+        assert torch.equal(found == torch.inf, expected == torch.inf), config
+        assert torch.equal(found == -torch.inf, expected == -torch.inf), config
 
 
 @dtypes()
@@ -161,8 +157,7 @@ def test_implicit_gemm_moments(case, dtype):
     x, weight, *_ = tensors(case, lambda size: torch.randn(size) + 3)
     bias = torch.randn(case.weight[0], device=DEVICE) * 1000
     args = (case.stride, case.padding, case.dilation, case.groups)
-    with tf32(False):
-        z, partials, rows = implicit_gemm.with_moments(x, weight, bias, args)
+    z, partials, rows = implicit_gemm.with_moments(x, weight, bias, args)
     plain_z = F.conv2d(x.cpu().double(), weight.cpu().double(), bias.cpu().double(), *args)
     eager = F.conv2d(x.cpu(), weight.cpu(), None, *args).float() + bias.cpu().view(1, -1, 1, 1)
     assert_two_times(z.cpu(), eager.to(dtype), plain_z)
@@ -224,7 +219,7 @@ def test_implicit_gemm_wrong_input():
     case = PROBLEMS[0]
     x, weight, scale, shift, residual = tensors(case)
     weights = implicit_gemm.pack(weight, case, implicit_gemm.TILES[0])
-    geometry = implicit_gemm._geometry(case)
+    geometry = (*implicit_gemm.geometry(case), case.groups)
     out = channels_last(torch.empty(case.output, dtype=case.dtype, device=DEVICE))
 
     def conv(weights=weights, geometry=geometry, tile=(64, 64), sums=None):
@@ -249,7 +244,21 @@ def test_implicit_gemm_schema():
     x, weight, scale, shift, residual = tensors(case)
     weights = implicit_gemm.pack(weight, case, implicit_gemm.TILES[0])
     out = channels_last(torch.empty(case.output, dtype=case.dtype, device=DEVICE))
-    args = (x, weights, scale, shift, residual, implicit_gemm._geometry(case), 1, True, 64, 64, out, None, None)
+    args = (
+        x,
+        weights,
+        scale,
+        shift,
+        residual,
+        (*implicit_gemm.geometry(case), case.groups),
+        1,
+        True,
+        64,
+        64,
+        out,
+        None,
+        None,
+    )
     torch.library.opcheck(torch.ops.fused_resnet_C.cuda_conv.default, args, test_utils="test_schema")
 
 

@@ -3,6 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from torch import Tensor
+
+from fused_resnet.backends import plan
+
 # Warps that a GPU should have to hide its latencies: of the 132 SMs of an H200, 16 each.
 WARPS = 132 * 16
 
@@ -27,6 +31,11 @@ class Family(NamedTuple):
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def tf32_allowed(x: Tensor) -> bool:
+    """Whether the products of x may be rounded to TF32. The switch is cuDNN's: CPU tensors do not follow it."""
+    return x.is_cuda and plan.tf32()
 
 
 def geometry(problem) -> tuple[int, ...]:

@@ -4,8 +4,7 @@ import torch
 
 from fused_resnet.backends.config import Config
 from fused_resnet.backends.cpu import ACT_CODES
-from fused_resnet.backends.cuda.family import Family
-from fused_resnet.backends.plan import tf32
+from fused_resnet.backends.cuda.family import Family, cdiv, geometry, tf32_allowed
 from fused_resnet.backends.problem import Problem
 
 NAME = "implicit_gemm"
@@ -27,10 +26,6 @@ LEAST_STEPS = 4  # of a split: it takes three to fill the pipeline
 
 # Positions in an image, and taps, are kept in 16 bits.
 FARTHEST = (1 << 15) - 1
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def unsupported(problem: Problem, capability: tuple[int, int]) -> str:
@@ -96,10 +91,6 @@ def pack(weight: torch.Tensor, problem: Problem, config: Config) -> torch.Tensor
     return packed
 
 
-def _geometry(problem: Problem) -> tuple[int, ...]:
-    return *problem.weight[2:], *problem.stride, *problem.padding, *problem.dilation, problem.groups
-
-
 def _launch(problem, config, x, weights, scale, shift, residual, out, partials) -> None:
     block_m, block_n, splits = config.blocks
     sums = None
@@ -107,8 +98,8 @@ def _launch(problem, config, x, weights, scale, shift, residual, out, partials) 
         n, k, p, q = problem.output
         sums = torch.empty((splits, n * p * q, k), dtype=torch.float32, device=x.device)
     torch.ops.fused_resnet_C.cuda_conv(
-        x, weights, scale, shift, residual, _geometry(problem), ACT_CODES[problem.act], tf32(), block_m, block_n,
-        out, sums, partials,
+        x, weights, scale, shift, residual, (*geometry(problem), problem.groups), ACT_CODES[problem.act],
+        tf32_allowed(x), block_m, block_n, out, sums, partials,
     )  # fmt: skip
 
 
