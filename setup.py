@@ -13,9 +13,12 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-DEBUG = os.environ.get("DEBUG") == "1"
 ABI_TARGET = "0x020b000000000000"  # LibTorch Stable ABI of torch 2.11: one library for it and everything later
 DEFAULT_ARCHS = "8.0+PTX;9.0a"  # "a" has no PTX for later GPUs
+
+
+def files(pattern):
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/{pattern}"))
 
 
 def switch(name):
@@ -24,19 +27,9 @@ def switch(name):
 
 def give_up(reason):
     """No extension: say so once, and let the install succeed on the operators in Python."""
-    print(
-        f"\n*** fused_resnet: the compiled extension is not built: {reason}.\n"
-        "*** Every operator works without it, through the slower reference backend.\n",
-        file=sys.stderr,
-    )
+    what = "Every operator works without it, through the slower reference backend"
+    print(f"\n*** fused_resnet: the compiled extension is not built: {reason}.\n*** {what}.\n", file=sys.stderr)
     return {}
-
-
-def compiler_works():
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
-        return False
-    return subprocess.run([compiler, "--version"], capture_output=True, check=False).returncode == 0
 
 
 def cuda_home():
@@ -50,14 +43,37 @@ def cuda_home():
 
 def cuda_sources():
     """The CUDA sources to build, and the reason when there are none."""
-    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
-    if switch("FUSED_RESNET_NO_CUDA"):
-        return [], "FUSED_RESNET_NO_CUDA is set"
-    reason = "" if sources else "csrc/cuda holds no sources"
-    reason = reason if cuda_home() else "nvcc was not found (set CUDA_HOME)"
+    reason = "" if cuda_home() else "nvcc was not found (set CUDA_HOME)"
+    reason = reason or ("" if files("cuda/*.cu") else "csrc/cuda holds no sources")
+    reason = "FUSED_RESNET_NO_CUDA is set" if switch("FUSED_RESNET_NO_CUDA") else reason
     if reason and switch("FUSED_RESNET_FORCE_CUDA"):
         raise SystemExit(f"fused_resnet: FUSED_RESNET_FORCE_CUDA is set, but {reason}")
-    return ([], reason) if reason else (sources, "")
+    return [] if reason else files("cuda/*.cu"), reason
+
+
+def module(cpp_extension, cuda):
+    """The extension with these CUDA sources; with none it is for the CPU alone."""
+    optimise = ["-O0", "-g"] if switch("DEBUG") else ["-O3", "-DNDEBUG"]
+    common = [*optimise, "-std=c++20", f"-DTORCH_TARGET_VERSION={ABI_TARGET}"]
+    host = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    if cuda:
+        host.append(f'-DFUSED_RESNET_CUDA="{os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)}"')
+        cpp_extension.CUDA_HOME = cuda_home()
+    ext = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
+        "fused_resnet._C",
+        files("**/*.cpp") + cuda,
+        depends=files("**/*.h"),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": host, "nvcc": [*common, "-DUSE_CUDA", "--expt-relaxed-constexpr"]},
+        py_limited_api=True,  # Python 3.10: one library for it and everything later
+    )
+    # A CPU build of torch has neither c10_cuda nor torch_cuda. The CUDA runtime is linked in, to load beside any torch.
+    ext.libraries = [name for name in ext.libraries if name not in ("c10_cuda", "torch_cuda", "cudart")]
+    ext.libraries += ["cudart_static", "dl", "rt", "pthread"] if cuda else []
+    ext.library_dirs += [f"{cuda_home()}/{lib}" for lib in ("lib64", "lib") if cuda]
+    # aoti_torch_get_current_cuda_stream is weak: it is found only in a library that is named as needed.
+    ext.extra_link_args = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+    return ext
 
 
 def extension():
@@ -68,46 +84,18 @@ def extension():
         from torch.utils import cpp_extension
     except ImportError:
         return give_up("torch is not importable while building (install torch first, then use --no-build-isolation)")
-    if not compiler_works():
+    compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
+    if not compiler or subprocess.run([compiler, "--version"], capture_output=True, check=False).returncode:
         return give_up("no C++ compiler was found (install one, or point CXX at it)")
     cuda, reason = cuda_sources()
-    headers = [str(path) for path in ROOT.glob("csrc/**/*.h")]
     if reason:
         print(f"fused_resnet: no CUDA kernels in this build: {reason}", file=sys.stderr)
-    else:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
-        cpp_extension.CUDA_HOME = cuda_home()
-    optimise = ["-O0", "-g"] if DEBUG else ["-O3", "-DNDEBUG"]
-    common = [*optimise, "-std=c++20", f"-DTORCH_TARGET_VERSION={ABI_TARGET}"]
-    host = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-    device = [*common, "-DUSE_CUDA", "--expt-relaxed-constexpr"]
-    ext = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
-        "fused_resnet._C",
-        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")) + cuda,
-        depends=headers,
-        include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={
-            "cxx": host + ([f'-DFUSED_RESNET_CUDA="{os.environ["TORCH_CUDA_ARCH_LIST"]}"'] if cuda else []),
-            "nvcc": device,
-        },
-        py_limited_api=True,  # Python 3.10: one library for it and everything later
-    )
-
-    ext.library_dirs += [f"{cuda_home()}/{lib}" for lib in ("lib64", "lib") if cuda]
-    # The Stable ABI needs neither c10_cuda nor torch_cuda, which a CPU build of torch does not have. The CUDA runtime is
-    # linked in: the library loads where there is none, and beside that of any torch.
-    ext.libraries = [name for name in ext.libraries if name not in ("c10_cuda", "torch_cuda", "cudart")]
-    if cuda:
-        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
-        # aoti_torch_get_current_cuda_stream, which is weak, is found only in a library that is named as needed.
-        ext.extra_link_args = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
 
     class Build(cpp_extension.BuildExtension):
         """A compiler that fails costs the user the fast path, not the install, unless CUDA was asked for."""
 
         def run(self):
-            # A torch without CUDA has ninja follow no headers of CUDA sources.
-            newest = max(os.stat(path).st_mtime for path in headers)
+            newest = max(map(os.path.getmtime, files("**/*.h")))  # a torch without CUDA follows no headers of .cu files
             for path in Path(self.build_temp).glob("csrc/cuda/*.o"):
                 if path.stat().st_mtime < newest:
                     path.unlink()
@@ -116,14 +104,18 @@ def extension():
             except (Exception, SystemExit) as error:
                 if switch("FUSED_RESNET_FORCE_CUDA"):
                     raise
-                give_up(f"the build failed ({str(error).strip().splitlines()[-1] if str(error).strip() else error!r})")
-                self.extensions = []  # nothing to copy or to list
+                reason = f"the build failed ({(str(error).strip() or repr(error)).splitlines()[-1]})"
+                if not cuda:
+                    self.extensions = []  # nothing to copy or to list
+                    return give_up(reason)
+                print(f"fused_resnet: no CUDA kernels in this build: {reason}", file=sys.stderr)
+                cuda.clear()
+                vars(self.extensions[0]).update(vars(module(cpp_extension, cuda)))
+                self.compiler = None  # what it was resolved to
+                self.run()
 
-    return {
-        "ext_modules": [ext],
-        "cmdclass": {"build_ext": Build},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
+    options = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    return {"ext_modules": [module(cpp_extension, cuda)], "cmdclass": {"build_ext": Build}, "options": options}
 
 
 setup(**extension())
