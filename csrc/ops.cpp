@@ -68,6 +68,9 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
       "int[] tile, int act, Tensor(a!) out) -> ()");
   m.def("cuda_depthwise_dgrad(Tensor grad, Tensor weight, int[] geometry, int[] tile, Tensor(a!) dx) -> ()");
   m.def("cuda_depthwise_wgrad(Tensor grad, Tensor x, int[] geometry, Tensor(a!) workspace, Tensor(b!) dweight) -> ()");
+  m.def(
+      "cuda_stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int[] geometry, int[] tile, "
+      "bool tf32, int act, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {

@@ -37,6 +37,14 @@ FUSED_RESNET_DEVICE void load_vector(float (&to)[kN], const float* vector, int c
     to[e] = vector ? vector[c + e] : otherwise;
 }
 
+// The elements of a pack as floats.
+template <class T, int kN>
+struct Widened {
+  Pack<T, kN> pack;
+
+  FUSED_RESNET_DEVICE float operator[](int e) const { return static_cast<float>(pack.data[e]); }
+};
+
 // act(sum * scale + shift + residual), rounded to T; residual[e] is a float.
 template <class T, int kN, class Residual>
 FUSED_RESNET_DEVICE Pack<T, kN> finish(float (&v)[kN], const float (&scale)[kN], const float (&shift)[kN],

@@ -26,12 +26,17 @@ void depthwise_dgrad(Tensor grad, Tensor weight, std::vector<std::int64_t> geome
                      Tensor dx);
 void depthwise_wgrad(Tensor grad, Tensor x, std::vector<std::int64_t> geometry, Tensor workspace, Tensor dweight);
 
+// The first layer's. A tile is rows, columns, 16 pixels a warp's times (2 or 4), and channels (32 or 64).
+void stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, std::optional<Tensor> residual,
+          std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile, bool tf32, std::int64_t act, Tensor out);
+
 // Calls body(name, kernel) for each of them, under its name in the namespace fused_resnet_C.
 #define FUSED_RESNET_CUDA_OPERATORS(m)                                             \
   m.impl("cuda_add_act_fwd", TORCH_BOX(&fused_resnet::cuda::add_act_fwd));         \
   m.impl("cuda_add_act_bwd", TORCH_BOX(&fused_resnet::cuda::add_act_bwd));         \
   m.impl("cuda_depthwise_fwd", TORCH_BOX(&fused_resnet::cuda::depthwise_fwd));     \
   m.impl("cuda_depthwise_dgrad", TORCH_BOX(&fused_resnet::cuda::depthwise_dgrad)); \
-  m.impl("cuda_depthwise_wgrad", TORCH_BOX(&fused_resnet::cuda::depthwise_wgrad))
+  m.impl("cuda_depthwise_wgrad", TORCH_BOX(&fused_resnet::cuda::depthwise_wgrad)); \
+  m.impl("cuda_stem", TORCH_BOX(&fused_resnet::cuda::stem))
 
 }  // namespace fused_resnet::cuda

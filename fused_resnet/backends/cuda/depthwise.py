@@ -59,8 +59,8 @@ def configs(problem, capability) -> list[Config]:
     for width in _widths(problem, True)[:2]:
         warps = n * cdiv(q, 2) * (k // width) / WARP  # where every thread has a whole column
         rows = min(ROWS, key=lambda rows, warps=warps: _steps_in_a_row(problem, rows, warps))
-        for warps_of_a_block in (4,) if warps * cdiv(p, rows) >= WARPS else (1, 4):
-            found.append(Config(NAME, (rows, width), warps_of_a_block, 1))
+        blocks = (4,) if warps * cdiv(p, rows) >= WARPS else (1, 4)
+        found += [Config(NAME, (rows, width), warps_of_a_block, 1) for warps_of_a_block in blocks]
     half = 8 // problem.dtype.itemsize
     return sorted(found, key=lambda config: config.blocks[1] != half)
 

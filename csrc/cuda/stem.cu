@@ -1,0 +1,335 @@
+// Convolution of an image with 1 to 4 channels, the first layer of a network, by tensor cores, with scale, shift,
+// residual and activation.
+
+#include <limits>
+#include <vector>
+
+#include "cuda/affine.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+
+namespace fused_resnet::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kCell = 8;  // elements of K that an address holds for: half an mma of 16 bits, a whole one of TF32
+
+// How fp32 is multiplied: rounded to TF32, or as the sum of three products of high and low parts.
+enum class Products { kRounded, kSplit };
+
+// x [N, H, W, C], out [N, P, Q, K], and the tile of a block: `rows` by `columns` pixels and the channels of a chunk.
+struct Stem {
+  int images, h, w, c, k, p, q;
+  int window, stride[2], padding[2];  // the filter's rows
+  int length, skew, cells;            // of a row of the filter: its elements, those before them, and kCells it takes
+  int rows, columns, tiles_p, tiles_q, chunks, steps;
+  int height, pitch;  // of the part of the image under a tile, in shared memory: rows, and elements a row
+  int act;
+
+  FUSED_RESNET_HOST_DEVICE int row_size() const { return w * c; }
+};
+
+// The cells of K in order: `offset` is that of the cell's first element from a pixel's first one. The window's rows lie
+// `pitch` elements apart; what is in the last cell of a row beyond `length`, and before `skew` in the first, belongs to
+// neighbouring pixels and is masked: zero weights would turn their NaN and Inf into NaN.
+struct Cells {
+  int j = 0, r = 0, offset = 0;
+
+  FUSED_RESNET_DEVICE void next(const Stem& conv) {
+    offset += kCell;
+    if (++j < conv.cells) return;
+    j = 0;
+    ++r;
+    offset += conv.pitch - conv.cells * kCell;
+  }
+
+  // All bits of the elements of this cell that are in the filter, of those that start at `at`, kPer to 4 bytes.
+  template <int kPer>
+  FUSED_RESNET_DEVICE std::uint32_t mask(const Stem& conv, int at) const {
+    if (r == conv.window) return 0;
+    if (j > 0 && j < conv.cells - 1) return 0xffffffffu;
+    std::uint32_t bits = 0;
+#pragma unroll
+    for (int e = 0; e < kPer; ++e) {
+      const int element = j * kCell + at + e - conv.skew;
+      if (element >= 0 && element < conv.length) bits |= 0xffffffffu >> (32 - 32 / kPer) << (e * 32 / kPer);
+    }
+    return bits;
+  }
+};
+
+template <class T>
+constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+
+// Elements i to i + kPerWord as 4 bytes; kOdd: i may be odd, and an address of elements only.
+template <class T, bool kOdd>
+FUSED_RESNET_DEVICE std::uint32_t load_word(const T* rows, int i) {
+  if constexpr (!kOdd) return load_pack<std::uint32_t, 1>(reinterpret_cast<const std::uint32_t*>(rows + i)).data[0];
+  const auto* halves = reinterpret_cast<const std::uint16_t*>(rows + i);
+  return halves[0] | static_cast<std::uint32_t>(halves[1]) << 16;
+}
+
+// Copies the rows under a tile, kV elements an access, zeros outside of the image; `left` is the first element of a
+// row, a multiple of 16 bytes and so of kV, as a row's length is. One warp a row.
+template <class T, int kV>
+FUSED_RESNET_DEVICE void copy_rows(T* rows, const T* image, const Stem& conv, int top, int left) {
+  for (int i = static_cast<int>(threadIdx.x) / kWarp; i < conv.height; i += kWarps) {
+    const int h = top + i;
+    const bool here = h >= 0 && h < conv.h;
+    const T* row = image + static_cast<std::int64_t>(here ? h : 0) * conv.row_size();
+    for (int e = static_cast<int>(threadIdx.x) % kWarp * kV; e < conv.pitch; e += kWarp * kV) {
+      const bool inside = here && left + e >= 0 && left + e < conv.row_size();
+      T* to = rows + i * conv.pitch + e;
+      if constexpr (kV == kWide<T>) {
+        cp_async16(to, inside ? row + left + e : image, inside);
+      } else {
+        Pack<T, kV> pack{};
+        if (inside) pack = load_pack<T, kV>(row + left + e);
+        store_pack(to, pack);
+      }
+    }
+  }
+}
+
+// sums += a b over one cell (fp32) or two (16 bits), of kM times 16 pixels and two times 8 channels.
+template <class T, Products kProducts, int kM>
+FUSED_RESNET_DEVICE void multiply(float (&sums)[kM][2][4], const std::uint32_t (&a)[kM][4],
+                                  const Pack<std::uint32_t, 4>& b) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const std::uint32_t b0 = b.data[2 * n], b1 = b.data[2 * n + 1];
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+        mma<T>(sums[m][n], a[m], b0, b1);
+    } else {
+      const auto low = [](std::uint32_t bits) { return to_tf32(as_float(bits) - as_float(to_tf32(as_float(bits)))); };
+      const std::uint32_t high0 = to_tf32(as_float(b0)), high1 = to_tf32(as_float(b1));
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        std::uint32_t high[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          high[i] = to_tf32(as_float(a[m][i]));
+        if constexpr (kProducts == Products::kSplit) {  // the small ones first; low times low is below fp32
+          const std::uint32_t lows[4] = {low(a[m][0]), low(a[m][1]), low(a[m][2]), low(a[m][3])};
+          mma_tf32(sums[m][n], lows, high0, high1);
+          mma_tf32(sums[m][n], high, low(b0), low(b1));
+        }
+        mma_tf32(sums[m][n], high, high0, high1);
+      }
+    }
+  }
+}
+
+// The sums of one pixel and kV channels in plain fp32, for those that the parts of an infinity have made NaN.
+template <int kV>
+FUSED_RESNET_DEVICE void sum_plainly(float (&v)[kV], const float* pixel, const float* weight, const Stem& conv,
+                                     int pairs, int tile, int lane) {
+#pragma unroll
+  for (int e = 0; e < kV; ++e)
+    v[e] = 0.0f;
+  for (int r = 0; r < conv.window; ++r)
+    for (int i = 0; i < conv.length; ++i) {
+      const float x = pixel[r * conv.pitch + i];
+      const int cell = r * conv.cells + i / kCell, k = i % kCell;
+#pragma unroll
+      for (int e = 0; e < kV; ++e) {
+        const int n = tile + e / 2, column = lane % 4 * 2 + e % 2;
+        v[e] += x * weight[((cell * pairs + n / 2) * kWarp + column * 4 + k % 4) * 4 + n % 2 * 2 + k / 4];
+      }
+    }
+}
+
+// out[i, p, q, k] = act(sum_rsc x[i, p * stride + r - pad, q * stride + s - pad, c] w[k, r, s, c] * scale[k] + shift[k]
+// + residual[i, p, q, k]); out may be the residual.
+//
+// A block has `rows` by `columns` pixels of one image by 16 * kPairs channels; a warp kM times 16 of its pixels at a
+// time, in fp32. The rows of the image under the tile are copied to shared memory once, as they lie in memory, and the
+// pixels are read straight from there: of one pixel, a row of the filter is `length` = S * C elements in a row, so that
+// K is the rows of the filter, each filled up to whole cells: for 7x7 and 3 channels 168 products in place of 147.
+//
+// The weight comes in the order of the fragments, as fused_resnet/backends/cuda/stem.py packs it: 16 bytes a lane for
+// 16 channels and one step of K. Its columns are dealt so that a lane has 16 bytes of neighbouring channels of the
+// output.
+template <class T, Products kProducts, int kPairs, int kM, bool kOdd>
+__global__ void __launch_bounds__(kThreads, kM == 4 || sizeof(T) == 4 ? 2 : 4)
+    stem_kernel(const T* x, const T* weight, const float* scale_vector, const float* shift_vector, const T* residual,
+                T* out, Stem conv, int vector) {
+  constexpr int kV = kWide<T>;
+  constexpr int kPer = kPerWord<T>;
+  constexpr int kFragment = 4 * kPer;  // elements of the weight a lane, for 16 channels and one step
+  auto* weights = reinterpret_cast<T*>(block_memory());
+  const int weight_size = conv.steps * kPairs * kWarp * kFragment;
+  T* rows = weights + weight_size;
+
+  unsigned number = blockIdx.x;
+  const int chunk = static_cast<int>(number % conv.chunks);
+  number /= conv.chunks;
+  const int q0 = static_cast<int>(number % conv.tiles_q) * conv.columns;
+  number /= conv.tiles_q;
+  const int p0 = static_cast<int>(number % conv.tiles_p) * conv.rows;
+  const std::int64_t image = number / conv.tiles_p;
+
+  for (int i = static_cast<int>(threadIdx.x) * kV; i < weight_size; i += kThreads * kV)
+    cp_async16(weights + i, weight + static_cast<std::int64_t>(chunk) * weight_size + i, true);
+  const int start = (q0 * conv.stride[1] - conv.padding[1]) * conv.c - conv.skew;
+  const int lead = (start % kV + kV) % kV;  // elements before it that are copied too, so that copies are aligned
+  const T* from = x + image * conv.h * conv.row_size();
+  const int top = p0 * conv.stride[0] - conv.padding[0];
+  if (vector == kV)
+    copy_rows<T, kV>(rows, from, conv, top, start - lead);
+  else if (vector == 2)
+    copy_rows<T, 2>(rows, from, conv, top, start - lead);
+  else
+    copy_rows<T, 1>(rows, from, conv, top, start - lead);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int across = conv.q - q0 < conv.columns ? conv.q - q0 : conv.columns;
+  const int pixels = (conv.p - p0 < conv.rows ? conv.p - p0 : conv.rows) * across;
+  for (int first = warp * kM * 16; first < pixels; first += kWarps * kM * 16) {
+    int at[kM][2];  // of this lane's pixels, 8 apart, in `rows`; one that is not there reads the first one
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = first + m * 16 + half * 8 + lane / 4, pixel = i < pixels ? i : 0;
+        at[m][half] = pixel / across * conv.stride[0] * conv.pitch + pixel % across * conv.stride[1] * conv.c + lead;
+      }
+    float sums[kPairs][kM][2][4] = {};
+    Cells cells;
+    for (int step = 0; step < conv.steps; ++step) {
+      std::uint32_t a[kM][4];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {  // of 16 bytes of K
+        const int t = lane % 4 * kPer + (kPer == 1 ? part * 4 : 0);
+        const std::uint32_t mask = cells.mask<kPer>(conv, t);
+        const int offset = mask ? cells.offset + t : 0;
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            a[m][2 * part + half] = load_word<T, kOdd>(rows, at[m][half] + offset) & mask;
+        if (kPer == 2 || part == 1) cells.next(conv);
+      }
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair)
+        multiply<T, kProducts, kM>(
+            sums[pair], a,
+            load_pack<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(
+                weights + ((step * kPairs + pair) * kWarp + lane) * static_cast<std::int64_t>(kFragment))));
+    }
+
+#pragma unroll
+    for (int group = 0; group < 4 * kPairs / kV; ++group) {  // of 16 bytes of the output a lane
+      const int k = chunk * kPairs * 16 + group * 4 * kV + lane % 4 * kV;
+      const int here = conv.k - k < kV ? conv.k - k : kV;
+      if (here <= 0) continue;
+      float scale[kV], shift[kV];
+#pragma unroll
+      for (int e = 0; e < kV; ++e) {
+        scale[e] = e < here ? scale_vector[k + e] : 0.0f;
+        shift[e] = e < here ? shift_vector[k + e] : 0.0f;
+      }
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int i = first + m * 16 + half * 8 + lane / 4;
+          if (i >= pixels) continue;
+          float v[kV];
+#pragma unroll
+          for (int e = 0; e < kV; ++e) {
+            const int tile = group * kV / 2 + e / 2;
+            v[e] = sums[tile / 2][m][tile % 2][2 * half + e % 2];
+          }
+          if constexpr (sizeof(T) == 4 && kProducts == Products::kSplit) {
+            bool finite = true;
+#pragma unroll
+            for (int e = 0; e < kV; ++e)
+              finite &= v[e] - v[e] == 0.0f;
+            if (!finite) sum_plainly(v, rows + at[m][half], weights, conv, kPairs, group * kV / 2, lane);
+          }
+          const std::int64_t row = image * conv.p + p0 + i / across;
+          const std::int64_t to = (row * conv.q + q0 + i % across) * conv.k + k;
+          Pack<T, kV> added{};
+          if (conv.k % kV == 0) {
+            if (residual) added = load_pack<T, kV>(residual + to);
+            store_pack(out + to, finish<T>(v, scale, shift, Widened<T, kV>{added}, conv.act));
+            continue;
+          }
+          for (int e = 0; residual && e < here; ++e)
+            added.data[e] = residual[to + e];
+          const Pack<T, kV> rounded = finish<T>(v, scale, shift, Widened<T, kV>{added}, conv.act);
+          for (int e = 0; e < here; ++e)
+            out[to + e] = rounded.data[e];
+        }
+    }
+  }
+}
+
+Stem stem_of(const Tensor& x, const Tensor& out, const std::vector<std::int64_t>& geometry,
+             const std::vector<std::int64_t>& tile, int per, int channels, int act) {
+  STD_TORCH_CHECK(geometry.size() == 8 && tile.size() == 4, "geometry is window, stride, padding and dilation");
+  const auto of = [](std::int64_t value) { return static_cast<int>(value); };
+  Stem conv{};
+  conv.images = of(x.size(0)), conv.c = of(x.size(1)), conv.h = of(x.size(2)), conv.w = of(x.size(3));
+  conv.k = of(out.size(1)), conv.p = of(out.size(2)), conv.q = of(out.size(3));
+  conv.window = of(geometry[0]);
+  for (int i = 0; i < 2; ++i)
+    conv.stride[i] = of(geometry[2 + i]), conv.padding[i] = of(geometry[4 + i]);
+  conv.length = of(geometry[1]) * conv.c;
+  conv.skew = per == 2 ? conv.padding[1] * conv.c % 2 : 0;  // so that a row of the filter starts at whole words
+  conv.cells = of(ceil_div(conv.length + conv.skew, kCell));
+  conv.steps = of(ceil_div(conv.window * conv.cells, per));
+  conv.rows = of(tile[0]), conv.columns = of(tile[1]);
+  conv.tiles_p = of(ceil_div(conv.p, conv.rows)), conv.tiles_q = of(ceil_div(conv.q, conv.columns));
+  conv.chunks = of(ceil_div(conv.k, channels));
+  conv.height = (conv.rows - 1) * conv.stride[0] + conv.window;
+  const int needed = (conv.columns - 1) * conv.stride[1] * conv.c + conv.cells * kCell + kCell - 1;
+  conv.pitch = of(ceil_div(needed, kCell)) * kCell;
+  conv.act = act;
+  return conv;
+}
+
+}  // namespace
+
+void stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, std::optional<Tensor> residual,
+          std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile, bool tf32, std::int64_t act, Tensor out) {
+  const Launcher launch(x);
+  with_dtype(x, [&](auto t) {
+    using T = decltype(t);
+    const int channels = static_cast<int>(tile.at(3));
+    const Stem conv = stem_of(x, out, geometry, tile, kPerWord<T>, channels, static_cast<int>(act));
+    STD_TORCH_CHECK(conv.tiles_q == 1 || conv.columns % 2 == 0, "a tile that is not a whole row has even columns");
+    const std::size_t weights = static_cast<std::size_t>(conv.steps) * channels * kCell * kPerWord<T>;
+    STD_TORCH_CHECK(weight.numel() == static_cast<std::int64_t>(weights) * conv.chunks, "a weight packed otherwise");
+    const std::size_t shared = sizeof(T) * (weights + static_cast<std::size_t>(conv.height) * conv.pitch);
+    const int vector = conv.row_size() % kWide<T> == 0 ? kWide<T> : conv.row_size() % 2 == 0 ? 2 : 1;
+    const auto run = [&](auto kernel) {
+      launch(kernel, static_cast<std::int64_t>(conv.images) * conv.tiles_p * conv.tiles_q * conv.chunks, kThreads,
+             shared, static_cast<const T*>(x.const_data_ptr()), static_cast<const T*>(weight.const_data_ptr()),
+             floats(std::optional(scale)), floats(std::optional(shift)), static_cast<const T*>(data_or_null(residual)),
+             static_cast<T*>(out.mutable_data_ptr()), conv, vector);
+    };
+    const auto with_pairs = [&](auto pairs) {
+      constexpr auto kRounded = Products::kRounded;
+      if constexpr (sizeof(T) == 4)
+        tf32 ? run(stem_kernel<T, kRounded, pairs(), 2, false>)
+             : run(stem_kernel<T, Products::kSplit, pairs(), 2, false>);
+      else if (conv.stride[1] * conv.c % 2)
+        run(stem_kernel<T, kRounded, pairs(), 2, true>);
+      else
+        tile[2] == 4 ? run(stem_kernel<T, kRounded, pairs(), 4, false>)
+                     : run(stem_kernel<T, kRounded, pairs(), 2, false>);
+    };
+    STD_TORCH_CHECK(channels == 32 || channels == 64, "a tile has 32 or 64 channels");
+    channels == 32 ? with_pairs(std::integral_constant<int, 2>{}) : with_pairs(std::integral_constant<int, 4>{});
+  });
+}
+
+}  // namespace fused_resnet::cuda
