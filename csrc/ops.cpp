@@ -64,6 +64,9 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def("cuda_add_act_fwd(Tensor x, Tensor residual, int act, Tensor(a!) y) -> ()");
   m.def("cuda_add_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? residual, int act, Tensor(a!) dx) -> ()");
   m.def(
+      "cuda_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] geometry, int act, "
+      "bool tf32, int tile_m, int tile_n, Tensor(a!) out, Tensor(b!)? sums, Tensor(c!)? partials) -> ()");
+  m.def(
       "cuda_depthwise_fwd(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, int[] geometry, "
       "int[] tile, int act, Tensor(a!) out) -> ()");
   m.def("cuda_depthwise_dgrad(Tensor grad, Tensor weight, int[] geometry, int[] tile, Tensor(a!) dx) -> ()");
@@ -71,6 +74,21 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def(
       "cuda_stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int[] geometry, int[] tile, "
       "bool tf32, int act, Tensor(a!) out) -> ()");
+  m.def("cuda_bn_stats(Tensor x, int tile_rows, Tensor(a!) partials) -> ()");
+  m.def("cuda_bn_finalize(Tensor partials, int rows, int tile_rows, Tensor(a!) mean, Tensor(b!) var) -> ()");
+  m.def(
+      "cuda_bn_apply(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+      "int act, Tensor(a!) y, Tensor(b!)? mask) -> ()");
+  m.def(
+      "cuda_bn_reduce(Tensor dy, Tensor x, Tensor? y, Tensor? mask, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor var, float eps, int act, int tile_rows, Tensor(a!) partials, Tensor(b!)? dresidual) -> ()");
+  m.def(
+      "cuda_bn_reduce_finalize(Tensor partials, int rows, Tensor var, float eps, Tensor(a!) dweight, Tensor(b!) dbias, "
+      "Tensor(c!) mean_g, Tensor(d!) slope) -> ()");
+  m.def(
+      "cuda_bn_input_grad(Tensor dy, Tensor x, Tensor? y, Tensor? mask, Tensor? residual, Tensor? weight, "
+      "Tensor? bias, Tensor mean, Tensor var, Tensor mean_g, Tensor slope, float eps, int act, Tensor(a!) dx) -> ()");
+  m.def("cuda_scale_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, int act, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {

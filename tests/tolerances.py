@@ -68,6 +68,11 @@ TOLERANCES = {
         "max|sum - truth| / max|truth| of sums over 131072 values of either sign: as many roundings of 6e-8 add up to "
         "360 of them at random, in partial sums a few times as large; a block of values left out shows at 1e-2",
     ),
+    "tile_moments": Tolerance(
+        2e-6,
+        "the mean, relative to the deviation, and the M2 of at most 256 rows in fp32, about the first of them: their "
+        "differences and sums round by 6e-8 of a few deviations, at random",
+    ),
     "cancellation": Tolerance(
         4.0,
         "At mean / std = r the mean is a number whose last place is r * eps of the deviation, and so is the error of "

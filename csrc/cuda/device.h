@@ -120,6 +120,16 @@ using Half = torch::headeronly::Half;
 
 #include "pointwise.h"
 
+// Calls body(std::integral_constant<int, kAct>) with an activation that is known when the kernel runs: a branch that is
+// the same for all threads.
+template <class Body>
+FUSED_RESNET_DEVICE void for_act(int act, const Body& body) {
+  if (act == kRelu) body(std::integral_constant<int, kRelu>{});
+  if (act == kRelu6) body(std::integral_constant<int, kRelu6>{});
+  if (act == kHardswish) body(std::integral_constant<int, kHardswish>{});
+  if (act == kSilu) body(std::integral_constant<int, kSilu>{});
+}
+
 // kN elements that are read and written at once, in up to 16 bytes.
 template <class T, int kN>
 struct alignas(sizeof(T) * kN) Pack {

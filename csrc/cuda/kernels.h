@@ -17,6 +17,14 @@ void add_act_fwd(Tensor x, Tensor residual, std::int64_t act, Tensor y);
 void add_act_bwd(Tensor dy, std::optional<Tensor> y, std::optional<Tensor> x, std::optional<Tensor> residual,
                  std::int64_t act, Tensor dx);
 
+// weight: [K, depth], each filter [R, S, C / groups] and filled up with zeros to a multiple of 16 bytes. geometry: R,
+// S, and height and width of stride, padding and dilation, then groups. tf32: fp32 products may be rounded so. The tile
+// is one of `find_tile`'s. sums, [splits, pixels, K]: the depth is split, and added up by a second kernel. partials,
+// [tiles of pixels, 3, K]: the moments of out, whose statistics batch norm wants.
+void conv(Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
+          std::optional<Tensor> residual, std::vector<std::int64_t> geometry, std::int64_t act, bool tf32,
+          std::int64_t tile_m, std::int64_t tile_n, Tensor out, std::optional<Tensor> sums,
+          std::optional<Tensor> partials);
 // Convolutions: weights are packed by the Python layer; geometry is window, stride, padding and dilation, each (height,
 // width). A depthwise tile is the rows and channels of a thread, and the warps of a block.
 void depthwise_fwd(Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
@@ -30,13 +38,38 @@ void depthwise_wgrad(Tensor grad, Tensor x, std::vector<std::int64_t> geometry, 
 void stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, std::optional<Tensor> residual,
           std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile, bool tf32, std::int64_t act, Tensor out);
 
-// Calls body(name, kernel) for each of them, under its name in the namespace fused_resnet_C.
-#define FUSED_RESNET_CUDA_OPERATORS(m)                                             \
-  m.impl("cuda_add_act_fwd", TORCH_BOX(&fused_resnet::cuda::add_act_fwd));         \
-  m.impl("cuda_add_act_bwd", TORCH_BOX(&fused_resnet::cuda::add_act_bwd));         \
-  m.impl("cuda_depthwise_fwd", TORCH_BOX(&fused_resnet::cuda::depthwise_fwd));     \
-  m.impl("cuda_depthwise_dgrad", TORCH_BOX(&fused_resnet::cuda::depthwise_dgrad)); \
-  m.impl("cuda_depthwise_wgrad", TORCH_BOX(&fused_resnet::cuda::depthwise_wgrad)); \
-  m.impl("cuda_stem", TORCH_BOX(&fused_resnet::cuda::stem))
+// A tile of rows (pixels) has tile_rows of them, the last one what is left; partials hold, for every tile and channel,
+// the mean in two parts and M2 (bn_stats), or the sums of g and g * (x - mean) (bn_reduce). A mask has a byte for every
+// access, of 16 bytes where the channels are a multiple of that and else of one element, and in it a bit an element.
+void bn_stats(Tensor x, std::int64_t tile_rows, Tensor partials);
+void bn_finalize(Tensor partials, std::int64_t rows, std::int64_t tile_rows, Tensor mean, Tensor var);
+void bn_apply(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
+              std::optional<Tensor> residual, double eps, std::int64_t act, Tensor y, std::optional<Tensor> mask);
+void bn_reduce(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tensor> mask, std::optional<Tensor> residual,
+               std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var, double eps,
+               std::int64_t act, std::int64_t tile_rows, Tensor partials, std::optional<Tensor> dresidual);
+void bn_reduce_finalize(Tensor partials, std::int64_t rows, Tensor var, double eps, Tensor dweight, Tensor dbias,
+                        Tensor mean_g, Tensor slope);
+void bn_input_grad(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tensor> mask,
+                   std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                   Tensor mean, Tensor var, Tensor mean_g, Tensor slope, double eps, std::int64_t act, Tensor dx);
+void scale_act(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual, std::int64_t act, Tensor out);
+
+// Registers each of them under its name in the namespace fused_resnet_C.
+#define FUSED_RESNET_CUDA_OPERATORS(m)                                                   \
+  m.impl("cuda_add_act_fwd", TORCH_BOX(&fused_resnet::cuda::add_act_fwd));               \
+  m.impl("cuda_add_act_bwd", TORCH_BOX(&fused_resnet::cuda::add_act_bwd));               \
+  m.impl("cuda_conv", TORCH_BOX(&fused_resnet::cuda::conv));                             \
+  m.impl("cuda_depthwise_fwd", TORCH_BOX(&fused_resnet::cuda::depthwise_fwd));           \
+  m.impl("cuda_depthwise_dgrad", TORCH_BOX(&fused_resnet::cuda::depthwise_dgrad));       \
+  m.impl("cuda_depthwise_wgrad", TORCH_BOX(&fused_resnet::cuda::depthwise_wgrad));       \
+  m.impl("cuda_stem", TORCH_BOX(&fused_resnet::cuda::stem));                             \
+  m.impl("cuda_bn_stats", TORCH_BOX(&fused_resnet::cuda::bn_stats));                     \
+  m.impl("cuda_bn_finalize", TORCH_BOX(&fused_resnet::cuda::bn_finalize));               \
+  m.impl("cuda_bn_apply", TORCH_BOX(&fused_resnet::cuda::bn_apply));                     \
+  m.impl("cuda_bn_reduce", TORCH_BOX(&fused_resnet::cuda::bn_reduce));                   \
+  m.impl("cuda_bn_reduce_finalize", TORCH_BOX(&fused_resnet::cuda::bn_reduce_finalize)); \
+  m.impl("cuda_bn_input_grad", TORCH_BOX(&fused_resnet::cuda::bn_input_grad));           \
+  m.impl("cuda_scale_act", TORCH_BOX(&fused_resnet::cuda::scale_act))
 
 }  // namespace fused_resnet::cuda

@@ -90,7 +90,7 @@ class Launcher {
 #endif
   }
 
-  // The launch of kernel<<<blocks, threads, shared>>>(args...).
+  // Launches kernel(args...) on that many blocks of threads, each with so many bytes of shared memory.
   template <class... Params, class... Args>
   void operator()(void (*kernel)(Params...), std::int64_t blocks, int threads, std::size_t shared, Args... args) const {
     if (blocks == 0) return;
@@ -100,9 +100,12 @@ class Launcher {
 #else
     if (shared > kSharedByDefault)
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "more shared memory");
-    kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream_)> > >(
-        static_cast<Params>(args)...);
-    check(cudaGetLastError(), "the launch");
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(blocks);
+    config.blockDim = static_cast<unsigned>(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(stream_);
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "the launch");
 #endif
   }
 

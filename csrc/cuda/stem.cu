@@ -92,7 +92,9 @@ FUSED_RESNET_DEVICE void copy_rows(T* rows, const T* image, const Stem& conv, in
   }
 }
 
-// sums += a b over one cell (fp32) or two (16 bits), of kM times 16 pixels and two times 8 channels.
+// sums += a b over one cell (fp32) or two (16 bits), of kM times 16 pixels and two times 8 channels. Split, the small
+// products go first and low times low is below fp32; tensor cores cut off instead of rounding, so that the sum over all
+// cells is taken outside of them.
 template <class T, Products kProducts, int kM>
 FUSED_RESNET_DEVICE void multiply(float (&sums)[kM][2][4], const std::uint32_t (&a)[kM][4],
                                   const Pack<std::uint32_t, 4>& b) {
@@ -112,12 +114,18 @@ FUSED_RESNET_DEVICE void multiply(float (&sums)[kM][2][4], const std::uint32_t (
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           high[i] = to_tf32(as_float(a[m][i]));
-        if constexpr (kProducts == Products::kSplit) {  // the small ones first; low times low is below fp32
+        if constexpr (kProducts == Products::kSplit) {
           const std::uint32_t lows[4] = {low(a[m][0]), low(a[m][1]), low(a[m][2]), low(a[m][3])};
-          mma_tf32(sums[m][n], lows, high0, high1);
-          mma_tf32(sums[m][n], high, low(b0), low(b1));
+          float sum[4] = {};
+          mma_tf32(sum, lows, high0, high1);
+          mma_tf32(sum, high, low(b0), low(b1));
+          mma_tf32(sum, high, high0, high1);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            sums[m][n][i] += sum[i];
+        } else {
+          mma_tf32(sums[m][n], high, high0, high1);
         }
-        mma_tf32(sums[m][n], high, high0, high1);
       }
     }
   }

@@ -29,7 +29,7 @@ def missing() -> str:
 def _ninja_file() -> str:
     from torch.utils import cpp_extension
 
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "emulator" / "emulator.cpp"]
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), *sorted((ROOT / "tests" / "emulator").glob("*.cpp"))]
     include = [ROOT / "csrc", ROOT / "tests", *cpp_extension.include_paths()]
     flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas"]
     flags += ["-DFUSED_RESNET_EMULATED", f"-DTORCH_TARGET_VERSION={ABI_TARGET}", *[f"-I{path}" for path in include]]

@@ -139,8 +139,10 @@ void launch(int blocks, int count, std::size_t shared, const std::function<void(
   failure.clear();
   block_size.x = static_cast<unsigned>(count);
   grid_size.x = static_cast<unsigned>(blocks);
-  for (int b = 0; b < blocks && failure.empty(); ++b) {
-    block_index.x = static_cast<unsigned>(order ? blocks - 1 - b : b);
+  const char* last = std::getenv("FUSED_RESNET_EMULATOR_LAST");  // so many blocks of the grid, the last ones
+  const int first = last && std::atoi(last) < blocks ? blocks - std::atoi(last) : 0;
+  for (int b = first; b < blocks && failure.empty(); ++b) {
+    block_index.x = static_cast<unsigned>(order ? blocks - 1 - (b - first) : b);
     shared_memory.assign(shared + 128, 0xff);  // NaN in every type
     run_block(count);
   }

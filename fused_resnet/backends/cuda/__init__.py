@@ -1,1 +1,1 @@
-"""CUDA: the compiled kernels of csrc/cuda."""
+"""CUDA: the compiled kernels of csrc/cuda, on NVIDIA GPUs from sm_80 on."""

@@ -1,0 +1,155 @@
+// Batch norm in training, between the statistics of bn_stats.cu: its output, and the passes of its gradient.
+
+#include "cuda/bn_act.h"
+#include "cuda/kernels.h"
+
+namespace fused_resnet::cuda {
+namespace {
+
+// out = act((x - mean) * scale + shift + residual); bit e of mask[access] is set where the gradient of element e
+// passes.
+template <class T, int kN, int kAct>
+__global__ void __launch_bounds__(RowGrid::kThreads) bn_apply_kernel(BnArgs<T> in, RowGrid grid) {
+  const RowTile tile(grid, kN, true);
+  if (!tile.inside) return;
+  const Affine<kN> affine(in, tile);
+  for_rows<RowGrid::kAtOnce>(tile, [&](std::int64_t row, auto at_once) {
+    constexpr int kRows = at_once();
+    Pack<T, kN> x[kRows], residual[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const std::int64_t at = (row + i * tile.lines) * grid.channels + tile.channel;
+      x[i] = load_pack<T, kN>(in.x + at);
+      if (in.residual) residual[i] = load_pack<T, kN>(in.residual + at);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const std::int64_t at = (row + i * tile.lines) * grid.channels + tile.channel;
+      Pack<T, kN> out;
+      unsigned bits = 0;
+#pragma unroll
+      for (int e = 0; e < kN; ++e) {
+        float v = affine(e, static_cast<float>(x[i].data[e]));
+        if (in.residual) v += static_cast<float>(residual[i].data[e]);
+        out.data[e] = static_cast<T>(limited_activate<kAct>(v, in.limits));
+        bits |= static_cast<unsigned>(passes(static_cast<float>(out.data[e]), in.limits)) << e;
+      }
+      store_pack(in.out + at, out);
+      if (in.mask) in.mask[at / kN] = static_cast<std::uint8_t>(bits);
+    }
+  });
+}
+
+// Calls body(integral constant) with kNone for the activations that clamp, else with the activation.
+template <class Body>
+void with_limited_act(std::int64_t act, const Body& body) {
+  if (act == kHardswish) return body(std::integral_constant<int, kHardswish>{});
+  if (act == kSilu) return body(std::integral_constant<int, kSilu>{});
+  STD_TORCH_CHECK(act == kNone || act == kRelu || act == kRelu6, "unknown activation");
+  body(std::integral_constant<int, kNone>{});
+}
+
+template <class T>
+BnArgs<T> arguments(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
+                    const std::optional<Tensor>& var, const std::optional<Tensor>& weight,
+                    const std::optional<Tensor>& bias, double eps, std::int64_t act) {
+  BnArgs<T> in{.limits = Limits(act)};
+  in.x = static_cast<const T*>(x.const_data_ptr());
+  in.residual = static_cast<const T*>(data_or_null(residual));
+  in.mean = floats(mean);
+  in.var = floats(var);
+  in.weight = floats(weight);
+  in.bias = floats(bias);
+  in.eps = static_cast<float>(eps);
+  return in;
+}
+
+std::uint8_t* mask_bytes(const std::optional<Tensor>& mask, const Tensor& x, int width, std::int64_t act) {
+  if (!mask) return nullptr;
+  STD_TORCH_CHECK(act == kNone || act == kRelu || act == kRelu6, "a mask tells only the slope of a clamp");
+  STD_TORCH_CHECK(mask->numel() == x.numel() / width, "the mask does not fit");
+  return static_cast<std::uint8_t*>(mask->mutable_data_ptr());
+}
+
+void apply(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
+           const std::optional<Tensor>& var, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+           double eps, std::int64_t act, const Tensor& out, const std::optional<Tensor>& mask) {
+  const Launcher launch(x);
+  with_dtype(x, [&](auto t) {
+    using T = decltype(t);
+    with_width<T>(x.size(1), [&](auto width) {
+      auto in = arguments<T>(x, residual, mean, var, weight, bias, eps, act);
+      in.out = static_cast<T*>(out.mutable_data_ptr());
+      in.mask = mask_bytes(mask, x, width(), act);
+      const RowGrid grid(x.numel() / x.size(1), x.size(1), width());
+      with_limited_act(act, [&](auto code) {
+        launch(bn_apply_kernel<T, width(), code()>, grid.blocks(), RowGrid::kThreads, 0, in, grid);
+      });
+    });
+  });
+}
+
+// Launches `in`'s pass of the backward over dy, with the slope from where it is cheapest.
+template <int kN, class T>
+void launch_backward(const Launcher& launch, const BnArgs<T>& in, std::int64_t act, const RowGrid& grid) {
+  const StoredGradient<T, kN> source{in.dy};
+  if (act == kNone) return launch_bn_backward<kN, Slope::kOne, kNone>(launch, in, source, grid);
+  if (in.mask) return launch_bn_backward<kN, Slope::kMask, kNone>(launch, in, source, grid);
+  with_limited_act(act, [&](auto code) {
+    if constexpr (code() == kNone)
+      if (in.y) return launch_bn_backward<kN, Slope::kOutput, kNone>(launch, in, source, grid);
+    launch_bn_backward<kN, Slope::kAgain, code()>(launch, in, source, grid);
+  });
+}
+
+}  // namespace
+
+void bn_apply(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
+              std::optional<Tensor> residual, double eps, std::int64_t act, Tensor y, std::optional<Tensor> mask) {
+  apply(x, residual, mean, var, weight, bias, eps, act, y, mask);
+}
+
+void scale_act(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual, std::int64_t act, Tensor out) {
+  apply(x, residual, std::nullopt, std::nullopt, scale, shift, 0.0, act, out, std::nullopt);
+}
+
+void bn_reduce(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tensor> mask, std::optional<Tensor> residual,
+               std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var, double eps,
+               std::int64_t act, std::int64_t tile_rows, Tensor partials, std::optional<Tensor> dresidual) {
+  const Launcher launch(x);
+  with_dtype(x, [&](auto t) {
+    using T = decltype(t);
+    with_width<T>(x.size(1), [&](auto width) {
+      auto in = arguments<T>(x, residual, mean, var, weight, bias, eps, act);
+      in.dy = static_cast<const T*>(dy.const_data_ptr());
+      in.y = static_cast<const T*>(data_or_null(y));
+      in.mask = mask_bytes(mask, x, width(), act);
+      in.partials = floats(partials);
+      in.dresidual = dresidual ? static_cast<T*>(dresidual->mutable_data_ptr()) : nullptr;
+      const RowGrid grid(x.numel() / x.size(1), x.size(1), width(), tile_rows);
+      STD_TORCH_CHECK(partials.numel() == grid.row_tiles() * 2 * x.size(1), "bn_reduce: partials do not fit");
+      launch_backward<width()>(launch, in, act, grid);
+    });
+  });
+}
+
+void bn_input_grad(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tensor> mask,
+                   std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                   Tensor mean, Tensor var, Tensor mean_g, Tensor slope, double eps, std::int64_t act, Tensor dx) {
+  const Launcher launch(x);
+  with_dtype(x, [&](auto t) {
+    using T = decltype(t);
+    with_width<T>(x.size(1), [&](auto width) {
+      auto in = arguments<T>(x, residual, mean, var, weight, bias, eps, act);
+      in.dy = static_cast<const T*>(dy.const_data_ptr());
+      in.y = static_cast<const T*>(data_or_null(y));
+      in.mask = mask_bytes(mask, x, width(), act);
+      in.mean_g = floats(mean_g);
+      in.slope = floats(slope);
+      in.out = static_cast<T*>(dx.mutable_data_ptr());
+      launch_backward<width()>(launch, in, act, RowGrid(x.numel() / x.size(1), x.size(1), width()));
+    });
+  });
+}
+
+}  // namespace fused_resnet::cuda

@@ -1,0 +1,191 @@
+// Batch norm's statistics and gradient sums: the tiles' partial ones, and their merging in fp64.
+
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/rows.h"
+
+namespace fused_resnet::cuda {
+namespace {
+
+// The numbers among 0 ... count - 1 that are `first` modulo `step`.
+FUSED_RESNET_DEVICE float count_from(int first, int step, std::int64_t count) {
+  return first < count ? static_cast<float>((count - first - 1) / step + 1) : 0.0f;
+}
+
+// partials[tile] = the high part and the rest of the mean, and M2, the sum of squared deviations from it, over the
+// tile, in fp32 of x - centre. The centre is the tile's first row, which keeps a mean a million deviations away from
+// zero out of the sums; or 0 where that row is not finite (so that Inf - Inf never occurs and the mean of Inf is Inf)
+// or so large that a difference might overflow.
+template <class T, int kN>
+__global__ void __launch_bounds__(RowGrid::kThreads) bn_stats_kernel(const T* x, float* partials, RowGrid grid) {
+  const RowTile tile(grid, kN);
+  float centre[kN], moments[2 * kN] = {};  // the sums, then M2
+  if (tile.inside) {
+    const auto first = load_pack<T, kN>(x + tile.row * grid.channels + tile.channel);
+#pragma unroll
+    for (int e = 0; e < kN; ++e) {
+      const auto value = static_cast<float>(first.data[e]);
+      centre[e] = std::fabs(value) < 0x1p102f ? value : 0.0f;
+    }
+  }
+
+  // The rows at once give their own sum and M2, which are merged into those of the rows before.
+  float before = 0.0f;
+  for_rows<RowGrid::kAtOnce>(tile, [&](std::int64_t row, auto at_once) {
+    constexpr int kRows = at_once();
+    Pack<T, kN> a[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      a[i] = load_pack<T, kN>(x + (row + i * tile.lines) * grid.channels + tile.channel);
+    const float inverse = before > 0.0f ? 1.0f / before : 0.0f;
+    const float weight = MergeWeights<float>(before, kRows).weight;
+#pragma unroll
+    for (int e = 0; e < kN; ++e) {
+      float d[kRows], sum = 0.0f, squares = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        sum += d[i] = static_cast<float>(a[i].data[e]) - centre[e];
+      const float mean = sum * (1.0f / kRows);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        squares += (d[i] - mean) * (d[i] - mean);
+      const float delta = mean - moments[e] * inverse;
+      moments[e] += sum;
+      moments[kN + e] += squares + delta * delta * weight;
+    }
+    before += kRows;
+  });
+
+  merge_lines(tile, moments, [&](float (&own)[2 * kN], const float (&other)[2 * kN], int half) {
+    const float here = count_from(tile.line + half, 2 * half, tile.end - tile.row);
+    if (here == 0.0f) return;
+    const float there = count_from(tile.line, 2 * half, tile.end - tile.row);
+    const float inverse = 1.0f / there, other_inverse = 1.0f / here, weight = MergeWeights<float>(there, here).weight;
+#pragma unroll
+    for (int e = 0; e < kN; ++e) {
+      const float delta = other[e] * other_inverse - own[e] * inverse;
+      own[e] += other[e];
+      own[kN + e] += other[kN + e] + delta * delta * weight;
+    }
+  });
+  if (tile.line != 0 || !tile.inside) return;
+
+  float high[kN], low[kN], m2[kN];
+#pragma unroll
+  for (int e = 0; e < kN; ++e) {
+    const double mean = centre[e] + static_cast<double>(moments[e]) / static_cast<double>(tile.end - tile.row);
+    high[e] = static_cast<float>(mean);
+    low[e] = static_cast<float>(mean - high[e]);
+    low[e] = low[e] == low[e] ? low[e] : 0.0f;  // of an infinite mean
+    m2[e] = moments[kN + e];
+  }
+  float* out = partials + tile.index * 3 * grid.channels + tile.channel;
+  store_channels(out, high);
+  store_channels(out + grid.channels, low);
+  store_channels(out + 2 * grid.channels, m2);
+}
+
+// The second stage: a block merges the tiles of 8 channels, 128 of them at a time, in fp64.
+constexpr int kMergeChannels = 8, kMergeLines = 128;
+constexpr int kMergeThreads = kMergeChannels * kMergeLines;
+constexpr std::size_t kMergeMemory = sizeof(double) * kMergeThreads;
+
+FUSED_RESNET_DEVICE std::int64_t merged_channel() {
+  return static_cast<std::int64_t>(blockIdx.x) * kMergeChannels + threadIdx.x % kMergeChannels;
+}
+
+// The sum of value(tile) over all tiles: every thread has some of them, then a tree over those of a channel. All
+// threads of the block call it, and all of a channel get its sum.
+template <class Value>
+FUSED_RESNET_DEVICE double sum_of_tiles(std::int64_t tiles, bool inside, const Value& value) {
+  double* shared = reinterpret_cast<double*>(block_memory());
+  double sum = 0.0;
+  if (inside)
+#pragma unroll 4
+    for (std::int64_t t = threadIdx.x / kMergeChannels; t < tiles; t += kMergeLines)
+      sum += value(t);
+  __syncthreads();  // the sum before this one has been read
+  shared[threadIdx.x] = sum;
+  for (unsigned half = kMergeThreads / 2; half >= kMergeChannels; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
+  __syncthreads();
+  return shared[threadIdx.x % kMergeChannels];
+}
+
+// mean and var = the moments of all rows, of partials [tiles, 3, C]: first the mean, then the deviations from it. Tile
+// t has tile_rows rows, the last one what is left.
+__global__ void __launch_bounds__(kMergeThreads)
+    bn_finalize_kernel(const float* partials, float* mean, float* var, std::int64_t channels, std::int64_t tiles,
+                       std::int64_t rows, std::int64_t tile_rows) {
+  const std::int64_t c = merged_channel();
+  const double last = static_cast<double>(rows - (tiles - 1) * tile_rows), full = static_cast<double>(tile_rows);
+  const auto partial = [&](std::int64_t t, int which) {
+    return static_cast<double>(partials[(3 * t + which) * channels + c]);
+  };
+  const auto here = [&](std::int64_t t) { return t + 1 < tiles ? full : last; };
+  const double sum =
+      sum_of_tiles(tiles, c < channels, [&](std::int64_t t) { return here(t) * (partial(t, 0) + partial(t, 1)); });
+  const double centre = sum / static_cast<double>(rows);
+  const double m2 = sum_of_tiles(tiles, c < channels, [&](std::int64_t t) {
+    const double d = partial(t, 0) + partial(t, 1) - centre;
+    return partial(t, 2) + here(t) * d * d;
+  });
+  if (threadIdx.x >= kMergeChannels || c >= channels) return;
+  mean[c] = static_cast<float>(centre);
+  var[c] = static_cast<float>(m2 / static_cast<double>(rows));
+}
+
+// Of partials [tiles, 2, C], the sums of g and of g * (x - mean): dbias and dweight, and the two per-channel numbers of
+// batch_norm_grad.
+__global__ void __launch_bounds__(kMergeThreads)
+    bn_reduce_finalize_kernel(const float* partials, const float* var, double eps, float* dweight, float* dbias,
+                              float* mean_g, float* slope, std::int64_t channels, std::int64_t tiles,
+                              std::int64_t rows) {
+  const std::int64_t c = merged_channel();
+  const bool inside = c < channels;
+  const double sum_g = sum_of_tiles(tiles, inside, [&](std::int64_t t) { return partials[2 * t * channels + c]; });
+  const double sum_gx =
+      sum_of_tiles(tiles, inside, [&](std::int64_t t) { return partials[(2 * t + 1) * channels + c]; });
+  if (threadIdx.x >= kMergeChannels || !inside) return;
+  const double inverse = 1.0 / std::sqrt(static_cast<double>(var[c]) + eps), count = static_cast<double>(rows);
+  dbias[c] = static_cast<float>(sum_g);
+  dweight[c] = static_cast<float>(sum_gx * inverse);
+  mean_g[c] = static_cast<float>(sum_g / count);
+  slope[c] = static_cast<float>(sum_gx * inverse * inverse / count);
+}
+
+}  // namespace
+
+void bn_stats(Tensor x, std::int64_t tile_rows, Tensor partials) {
+  const Launcher launch(x);
+  const std::int64_t channels = x.size(1), rows = x.numel() / channels;
+  with_dtype(x, [&](auto t) {
+    using T = decltype(t);
+    with_width<T>(channels, [&](auto width) {
+      const RowGrid grid(rows, channels, width(), tile_rows);
+      STD_TORCH_CHECK(partials.numel() == grid.row_tiles() * 3 * channels, "bn_stats: partials do not fit");
+      launch(bn_stats_kernel<T, width()>, grid.blocks(), RowGrid::kThreads, merge_memory(2 * width()),
+             static_cast<const T*>(x.const_data_ptr()), floats(partials), grid);
+    });
+  });
+}
+
+void bn_finalize(Tensor partials, std::int64_t rows, std::int64_t tile_rows, Tensor mean, Tensor var) {
+  const std::int64_t channels = mean.numel(), tiles = ceil_div(rows, tile_rows);
+  STD_TORCH_CHECK(partials.numel() == tiles * 3 * channels, "bn_finalize: partials do not fit");
+  const Launcher launch(partials);
+  launch(bn_finalize_kernel, ceil_div(channels, kMergeChannels), kMergeThreads, kMergeMemory, floats(partials),
+         floats(mean), floats(var), channels, tiles, rows, tile_rows);
+}
+
+void bn_reduce_finalize(Tensor partials, std::int64_t rows, Tensor var, double eps, Tensor dweight, Tensor dbias,
+                        Tensor mean_g, Tensor slope) {
+  const std::int64_t channels = var.numel(), tiles = partials.numel() / (2 * channels);
+  const Launcher launch(partials);
+  launch(bn_reduce_finalize_kernel, ceil_div(channels, kMergeChannels), kMergeThreads, kMergeMemory, floats(partials),
+         floats(var), eps, floats(dweight), floats(dbias), floats(mean_g), floats(slope), channels, tiles, rows);
+}
+
+}  // namespace fused_resnet::cuda

@@ -1,0 +1,9 @@
+#include "cuda/implicit_gemm.h"
+
+namespace fused_resnet::cuda {
+
+ConvLaunch find_bf16_tile(std::int64_t m, std::int64_t n, bool aligned) {
+  return find_tile<Arithmetic<Bf16, Products::kHalf>>(m, n, aligned);
+}
+
+}  // namespace fused_resnet::cuda

@@ -1,0 +1,158 @@
+"""Batch norm, residual addition and pooling by the kernels of csrc/cuda, forward and backward.
+
+Statistics and gradient sums have two stages: a tile of rows (pixels) leaves its partial result, and a second kernel
+merges the tiles in fp64 and in a fixed order. A convolution that leaves such partials of its output is finished by
+`finish_bn_act`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends.cpu import ACT_CODES
+from fused_resnet.backends.reference import channels_last
+
+_ops = torch.ops.fused_resnet_C
+
+# Of csrc/cuda/rows.h: threads and rows at once of a thread, and bytes that a block takes of a row.
+_THREADS, _AT_ONCE, _MOST_LANES = 256, 4, 32
+
+# Blocks of a pass that leaves partials: 132 SMs x 12, whole waves of 2, 3, 4 or 6 blocks an SM. More would only make
+# the second stage longer.
+_BLOCKS = 132 * 12
+
+
+def ready(x: Tensor | None) -> Tensor | None:
+    """x as the kernels read it: channels_last, and from an address that is a multiple of 16."""
+    if x is None:
+        return None
+    x = channels_last(x)
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def empty(size, x: Tensor) -> Tensor:
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _vector(value: Tensor | None) -> Tensor | None:
+    if value is None:
+        return None
+    value = value.detach().float().contiguous()
+    return value if value.data_ptr() % 16 == 0 else value.clone()
+
+
+def _vectors(count: int, x: Tensor) -> tuple[Tensor, ...]:
+    """`count` vectors of a number for each channel of x."""
+    return tuple(torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(count))
+
+
+def _width(x: Tensor) -> int:
+    """Elements of an access, as `with_width` of csrc/cuda/rows.h has them."""
+    wide = 16 // x.element_size()
+    return 1 if x.shape[1] % wide else wide
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[1]
+
+
+def tile_rows(x: Tensor) -> int:
+    """The rows of a tile that leaves partials: enough blocks for the GPU, and few partials."""
+    accesses = x.shape[1] // _width(x)
+    lanes = min(_MOST_LANES, 1 << (accesses - 1).bit_length())
+    lines = _THREADS // lanes
+    rows = -(-_rows(x) * -(-accesses // lanes) // _BLOCKS)
+    return max(_AT_ONCE * lines, -(-rows // lines) * lines)
+
+
+def _partials(x: Tensor, rows: int, sums: int) -> Tensor:
+    return torch.empty(-(-_rows(x) // rows), sums, x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def add_act(x, residual, act):
+    x, residual = ready(x), ready(residual)
+    out = empty(x.shape, x)
+    _ops.cuda_add_act_fwd(x, residual, ACT_CODES[act], out)
+    return out
+
+
+def add_act_backward(grad, y, x, residual, act):
+    if act == "none":
+        return channels_last(grad)
+    out = empty(y.shape, y)
+    _ops.cuda_add_act_bwd(ready(grad), ready(y), ready(x), ready(residual), ACT_CODES[act], out)
+    return out
+
+
+def scale_act(x, scale, shift, residual, act):
+    x = ready(x)
+    out = empty(x.shape, x)
+    _ops.cuda_scale_act(x, _vector(scale), _vector(shift), ready(residual), ACT_CODES[act], out)
+    return out
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the channels of x, which is `ready`."""
+    rows = tile_rows(x)
+    partials = _partials(x, rows, 3)
+    _ops.cuda_bn_stats(x, rows, partials)
+    return merged_statistics(x, partials, rows)
+
+
+def merged_statistics(x: Tensor, partials: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The same from the partials [tiles, 3, C] of tiles of so many rows: the mean's high and low part, and M2."""
+    mean, var = _vectors(2, x)
+    _ops.cuda_bn_finalize(partials, _rows(x), rows, mean, var)
+    return mean, var
+
+
+def normalise_act(x, mean, var, weight, bias, residual, eps, act, mask=None):
+    """act((x - mean) / sqrt(var + eps) * weight + bias + residual); fills `mask` where one is given."""
+    y = empty(x.shape, x)
+    _ops.cuda_bn_apply(
+        x, mean, var, _vector(weight), _vector(bias), ready(residual), eps, ACT_CODES[act], y, mask
+    )  # fmt: skip
+    return y
+
+
+def gradient_mask(x: Tensor) -> Tensor:
+    """Memory for a bit an element, which tells where the gradient passes a ReLU: a byte for every access."""
+    return torch.empty(x.numel() // _width(x), dtype=torch.uint8, device=x.device)
+
+
+def bn_act(x, weight, bias, residual, eps, act):
+    x = ready(x)
+    mean, var = statistics(x)
+    return normalise_act(x, mean, var, weight, bias, residual, eps, act), mean, var
+
+
+def finish_bn_act(z, partials, rows, weight, bias, residual, eps, act):
+    """`bn_act` of z, of which a convolution has left the partials of tiles of so many rows."""
+    mean, var = merged_statistics(z, partials, rows)
+    return normalise_act(z, mean, var, weight, bias, residual, eps, act), mean, var
+
+
+def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs, mask=None):
+    grad, x, y, residual = (ready(t) for t in (grad, x, y, residual))
+    weight, bias, mean, var = (_vector(t) for t in (weight, bias, mean, var))
+    nothing = x.new_empty(0)
+    d_x, d_residual = (empty(x.shape, x) if needs[i] else None for i in (0, 3))
+    rows = tile_rows(x)
+    partials = _partials(x, rows, 2)
+    source, code = (y, mask, residual, weight, bias, mean, var), ACT_CODES[act]
+    _ops.cuda_bn_reduce(grad, x, *source, eps, code, rows, partials, d_residual)
+    d_weight, d_bias, mean_g, slope = _merged_gradients(x, partials, var, eps)
+    if d_x is not None:
+        if d_residual is not None:  # the gradient behind the activation is there
+            grad, code = d_residual, ACT_CODES["none"]
+            source = (None, None, None, weight, bias, mean, var)
+        _ops.cuda_bn_input_grad(grad, x, *source, mean_g, slope, eps, code, d_x)
+    return nothing if d_x is None else d_x, d_weight, d_bias, nothing if d_residual is None else d_residual
+
+
+def _merged_gradients(x, partials, var, eps):
+    """Gradients of weight and bias, and the two vectors that the gradient of x needs."""
+    vectors = _vectors(4, x)
+    _ops.cuda_bn_reduce_finalize(partials, _rows(x), var, eps, *vectors)
+    return vectors

@@ -1,0 +1,72 @@
+"""What the tests of csrc/cuda share: the kernels on a GPU, or on the CPU, and memory that shows what they touch."""
+
+import ctypes
+import mmap
+import os
+from functools import cache
+
+import pytest
+import torch
+from emulator import build
+from torch import Tensor
+
+from fused_resnet.backends.cpu import extension_missing
+
+IN_EMULATOR = not torch.cuda.is_available()
+DEVICE = torch.device("cpu" if IN_EMULATOR else "cuda")
+
+
+@cache
+def library() -> str:
+    """Why the kernels cannot run here; empty: they can."""
+    if extension_missing():
+        return extension_missing()
+    if IN_EMULATOR:
+        return build.load()
+    return "" if torch.ops.fused_resnet_C.cuda_architectures() else "the extension was built without CUDA kernels"
+
+
+def in_order(order: str):
+    """Call a function with the emulator's warps and blocks in this order."""
+
+    def call(function):
+        before = os.environ.get("FUSED_RESNET_EMULATOR_ORDER")
+        os.environ["FUSED_RESNET_EMULATOR_ORDER"] = order
+        try:
+            return function()
+        finally:
+            if before is None:
+                del os.environ["FUSED_RESNET_EMULATOR_ORDER"]
+            else:
+                os.environ["FUSED_RESNET_EMULATOR_ORDER"] = before
+
+    return call
+
+
+both_orders = pytest.mark.parametrize("order", [(in_order("0"), in_order("1"))], ids=["both"])
+
+MAP_NORESERVE = 0x4000  # Linux; Python 3.10 has no name for it
+
+_fences: list = []  # the memory of fenced tensors
+
+
+def fenced(t: Tensor) -> Tensor:
+    """A copy of a dense CPU tensor that ends (but for less than 16 bytes) at a page which cannot be read or written."""
+    page, size = mmap.PAGESIZE, t.numel() * t.element_size()
+    space = -(-size // page) * page
+    memory = mmap.mmap(-1, space + page)
+    _fences.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + space), page, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    offset = (space - size) // 16 * 16
+    flat = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=offset)
+    return flat.as_strided(t.shape, t.stride()).copy_(t)
+
+
+def sparse(size, dtype: torch.dtype) -> Tensor:
+    """A channels_last tensor of zeros, of which only those pages are there that somebody writes to."""
+    n, c, h, w = size
+    count = n * c * h * w
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    return torch.frombuffer(memory, dtype=dtype, count=count).as_strided(size, (h * w * c, 1, w * c, c))

@@ -1,0 +1,259 @@
+"""csrc/cuda/implicit_gemm.h, kernel by kernel: on a GPU where there is one, else thread by thread on the CPU."""
+
+import contextlib
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_kernels import DEVICE, IN_EMULATOR, both_orders, fenced, library, sparse
+from problems import dtypes, integers, poisoned, representable
+from tolerances import assert_two_times, tolerance
+
+from fused_resnet.backends.cuda import implicit_gemm
+from fused_resnet.backends.problem import Problem
+from fused_resnet.backends.reference import channels_last
+
+pytestmark = pytest.mark.skipif(bool(library()), reason=library() or "it is there")
+poison = pytest.fixture(autouse=True)(poisoned)
+
+CAPABILITY = (9, 0)
+
+
+def problem(x, k, window=3, stride=1, padding=None, dilation=1, groups=1, residual=False, act="relu"):
+    window, stride, dilation = ((v, v) if isinstance(v, int) else v for v in (window, stride, dilation))
+    padding = tuple(d * (w // 2) for d, w in zip(dilation, window, strict=True)) if padding is None else (padding,) * 2
+    weight = (k, x[1] // groups, *window)
+    return Problem("conv_scale_act", x, torch.float16, weight, stride, padding, dilation, groups, residual, act)
+
+
+PROBLEMS = (
+    problem((3, 64, 7, 5), 72, residual=True),
+    problem((2, 24, 9, 6), 24, (5, 2), dilation=(1, 3), act="relu6"),
+    problem((2, 32, 6, 10), 130, 1, 2, residual=True),
+    problem((257, 16, 1, 1), 72, 1, act="none"),
+    problem((1, 8, 1, 1), 8, 1),
+    problem((1, 192, 5, 5), 64, residual=True),
+    problem((1, 8, 3, 3), 136, padding=7),
+    problem((2, 17, 7, 5), 19, residual=True),
+    problem((1, 3, 19, 17), 64, 7, 2),
+    problem((2, 20, 5, 4), 30, (2, 3), (2, 1), padding=3, groups=5, residual=True),
+    problem((2, 64, 5, 4), 96, groups=4, residual=True, act="relu6"),
+    problem((1, 9, 4, 4), 27, groups=9),
+)
+problems = pytest.mark.parametrize("case", PROBLEMS, ids=str)
+
+
+def tensors(case: Problem, values=None):
+    """x, weight, scale, shift and residual, or None; of whole numbers that no sum rounds, or of `values(size)`."""
+    n, k, p, q = case.output
+    residual = None
+    if values is not None:
+        x, weight = values(case.x), values(case.weight) / values(case.weight)[0].numel() ** 0.5
+        scale, shift = torch.rand(k) + 0.5, torch.randn(k)
+        residual = values((n, k, p, q)) if case.residual else None
+    else:
+        x, weight = integers(*case.x, low=-2, high=2), integers(*case.weight)
+        weight = weight * (torch.rand(case.weight) < 256 / weight[0].numel())
+        scale, shift = 2.0 ** integers(k), integers(k, low=-4, high=4)
+        residual = integers(n, k, p, q, low=-4, high=4) if case.residual else None
+    images = [None if t is None else channels_last(t.to(case.dtype)).to(DEVICE) for t in (x, residual)]
+    return images[0], weight.to(case.dtype).to(DEVICE), scale.to(DEVICE), shift.to(DEVICE), images[1]
+
+
+def plain(case: Problem, x, weight, scale, shift, residual, dtype=torch.float64):
+    """The same in plain PyTorch on the CPU."""
+    x, weight, scale, shift = (t.cpu().to(dtype) for t in (x, weight, scale, shift))
+    y = F.conv2d(x, weight, None, *case[4:8]) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    y = y if residual is None else y + residual.cpu().to(dtype)
+    return {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}[case.act](
+        y
+    )
+
+
+def compute(case: Problem, config, x, weight, scale, shift, residual):
+    out = channels_last(torch.empty(case.output, dtype=case.dtype, device=DEVICE))
+    weights = implicit_gemm.pack(weight, case, config)
+    implicit_gemm.run(case, config, x, weights, scale, shift, residual, out)
+    return out.cpu()
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool):
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=allowed):
+        yield
+
+
+MODES = {"bf16": (torch.bfloat16, False), "fp16": (torch.float16, False)}
+MODES |= {"tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+
+
+@problems
+@pytest.mark.parametrize("mode", MODES)
+def test_implicit_gemm_exact_in_every_configuration(case, mode):
+    case = case._replace(dtype=MODES[mode][0])
+    inputs = tensors(case)
+    expected = representable(plain(case, *inputs), case.dtype)
+    configs = implicit_gemm.configs(case, CAPABILITY)
+    assert len(set(configs)) == len(configs) > 0
+    with tf32(MODES[mode][1]):
+        for config in configs:
+            assert torch.equal(compute(case, config, *inputs), expected), config
+
+
+def test_implicit_gemm_splits_what_would_not_fill_a_gpu():
+    names = {config.blocks[2] for config in implicit_gemm.configs(PROBLEMS[5], CAPABILITY)}
+    assert max(names) > 1
+    assert implicit_gemm.configs(problem((1, 2048, 7, 7), 512, 1), CAPABILITY)[0].blocks[2] > 1
+    large = implicit_gemm.configs(problem((256, 256, 56, 56), 64, 1), CAPABILITY)
+    assert all(config.blocks[2] == 1 for config in large)
+
+
+@problems
+@dtypes()
+@pytest.mark.parametrize("act", ["relu", "hardswish", "silu"])
+def test_implicit_gemm_two_times(case, dtype, act):
+    """fp32 without TF32: three products of TF32 parts are as good as fp32's own."""
+    case = case._replace(dtype=dtype, act=act)
+    inputs = tensors(case, torch.randn)
+    truth = plain(case, *inputs)
+    z = F.conv2d(inputs[0].cpu(), inputs[1].cpu(), None, *case[4:8])
+    eager = z.float() * inputs[2].cpu().view(1, -1, 1, 1) + inputs[3].cpu().view(1, -1, 1, 1)
+    eager = eager if inputs[4] is None else eager + inputs[4].cpu().float()
+    eager = {"relu": F.relu, "hardswish": F.hardswish, "silu": F.silu}[act](eager).to(dtype)
+    with tf32(False):
+        for config in implicit_gemm.configs(case, CAPABILITY)[:4]:
+            assert_two_times(compute(case, config, *inputs), eager, truth, str(config))
+
+
+@dtypes()
+def test_implicit_gemm_nan_and_inf(dtype):
+    """They come out where aten has them, and nowhere else: zeros beside the filter meet none of them."""
+    case = problem((2, 20, 6, 7), 24)._replace(dtype=dtype, act="none")
+    x, weight, scale, shift, _ = tensors(case, torch.randn)
+    x[0, 3, 2, 2], x[1, 19, 0, 0], x[1, 1, 5, 6], x[0, 0, 5, 0] = torch.inf, torch.nan, -torch.inf, torch.inf
+    with tf32(False):
+        expected = plain(case, x, weight, scale, shift, None)
+        for config in implicit_gemm.configs(case, CAPABILITY):
+            found = compute(case, config, x, weight, scale, shift, None)
+            assert torch.equal(found.isnan(), expected.isnan()), config
+            assert torch.equal(found == torch.inf, expected == torch.inf), config
+            assert torch.equal(found == -torch.inf, expected == -torch.inf), config
+
+
+@dtypes()
+def test_implicit_gemm_over_its_residual(dtype):
+    """The output may take the residual's place."""
+    case = PROBLEMS[0]._replace(dtype=dtype)
+    x, weight, scale, shift, residual = tensors(case)
+    expected = representable(plain(case, x, weight, scale, shift, residual), dtype)
+    for config in implicit_gemm.configs(case, CAPABILITY):
+        out = residual.clone(memory_format=torch.channels_last)
+        implicit_gemm.run(case, config, x, implicit_gemm.pack(weight, case, config), scale, shift, out, out)
+        assert torch.equal(out.cpu(), expected), config
+
+
+@pytest.mark.parametrize("case", [PROBLEMS[0], PROBLEMS[5], PROBLEMS[7], PROBLEMS[10]], ids=str)
+@dtypes()
+def test_implicit_gemm_moments(case, dtype):
+    """Batch norm's first stage: count, mean and M2 of each tile, of what was rounded and stored."""
+    case = case._replace(dtype=dtype, residual=False, act="none")
+    x, weight, *_ = tensors(case, lambda size: torch.randn(size) + 3)
+    bias = torch.randn(case.weight[0], device=DEVICE) * 1000
+    args = (case.stride, case.padding, case.dilation, case.groups)
+    with tf32(False):
+        z, partials, rows = implicit_gemm.with_moments(x, weight, bias, args)
+    plain_z = F.conv2d(x.cpu().double(), weight.cpu().double(), bias.cpu().double(), *args)
+    eager = F.conv2d(x.cpu(), weight.cpu(), None, *args).float() + bias.cpu().view(1, -1, 1, 1)
+    assert_two_times(z.cpu(), eager.to(dtype), plain_z)
+    flat = z.cpu().double().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+    high, low, m2 = partials.cpu().double().unbind(1)
+    for tile, part in enumerate(flat.split(rows)):
+        mean, deviations = part.mean(0), ((part - part.mean(0)) ** 2).sum(0)
+        allowed = tolerance("tile_moments")
+        assert (high[tile] + low[tile] - mean).abs().le(allowed * (deviations / len(part)).sqrt()).all()
+        assert (m2[tile] - deviations).abs().le(allowed * deviations).all()
+
+
+@both_orders
+@pytest.mark.parametrize("case", [PROBLEMS[0], PROBLEMS[2], PROBLEMS[9]], ids=str)
+def test_implicit_gemm_needs_no_luck(case, order):
+    """The same bits whichever warp and block runs first: every barrier is there."""
+    inputs = tensors(case, torch.randn)
+    for config in implicit_gemm.configs(case, CAPABILITY):
+        outputs = [order(lambda config=config: compute(case, config, *inputs)) for order in order]
+        assert torch.equal(*outputs), config
+
+
+@pytest.mark.skipif(not IN_EMULATOR, reason="compute-sanitizer does it on a GPU")
+@problems
+def test_implicit_gemm_touches_its_own_memory_alone(case):
+    """Every tensor ends where a page ends that nobody may read."""
+    inputs = tensors(case)
+    inputs = [None if t is None else fenced(t) for t in inputs]
+    for config in implicit_gemm.configs(case, CAPABILITY):
+        out = fenced(torch.empty(case.output, dtype=case.dtype).contiguous(memory_format=torch.channels_last))
+        weights = fenced(implicit_gemm.pack(inputs[1], case, config))
+        implicit_gemm.run(case, config, inputs[0], weights, *inputs[2:], out)
+        assert out.isfinite().all()
+
+
+@pytest.mark.skipif(not IN_EMULATOR, reason="tests/test_gpu_large.py does it on a GPU")
+def test_implicit_gemm_beyond_two_to_the_31(monkeypatch):
+    """The last of more than 2^31 elements of the input, and of the output; memory that nobody touches is not there."""
+    case = problem((1, 8, 32760, 8200), 8, 1, (32759, 8199))
+    x = sparse(case.x, case.dtype)
+    assert x.numel() > 1 << 31
+    x[0, :, -1, -1] = torch.arange(8)
+    weight = torch.eye(8).view(8, 8, 1, 1).half()
+    for config in implicit_gemm.configs(case, CAPABILITY):
+        found = compute(case, config, x, weight, torch.ones(8), torch.zeros(8), None)
+        assert found[0, :, -1, -1].tolist() == list(range(8)), config
+    case = problem((1, 8, 16500, 16500), 8, 1)
+    x, out = sparse(case.x, case.dtype), sparse(case.output, case.dtype)
+    assert out.numel() > 1 << 31
+    x[0, :, -1, -1] = torch.arange(8)
+    monkeypatch.setenv("FUSED_RESNET_EMULATOR_LAST", "1")
+    for config in implicit_gemm.configs(case, CAPABILITY):
+        implicit_gemm.run(case, config, x, weight.reshape(8, 8), torch.ones(8), torch.ones(8), None, out)
+        assert out[0, :, -1, -1].tolist() == list(range(1, 9)), config
+        out[0, :, -1, -1] = 0
+
+
+def test_implicit_gemm_wrong_input():
+    case = PROBLEMS[0]
+    x, weight, scale, shift, residual = tensors(case)
+    weights = implicit_gemm.pack(weight, case, implicit_gemm.TILES[0])
+    geometry = implicit_gemm._geometry(case)
+    out = channels_last(torch.empty(case.output, dtype=case.dtype, device=DEVICE))
+
+    def conv(weights=weights, geometry=geometry, tile=(64, 64), sums=None):
+        torch.ops.fused_resnet_C.cuda_conv(
+            x, weights, scale, shift, residual, geometry, 1, True, *tile, out, sums, None
+        )
+
+    for message, options in {
+        "the packed weight does not fit": {"weights": weights[:, :-8].contiguous()},
+        "x, weight and out must have one dtype": {"weights": weights.float()},
+        "geometry is R, S": {"geometry": geometry[:-1]},
+        "there is no tile of 96 x 64": {"tile": (96, 64)},
+        "more splits than steps": {"sums": torch.empty(99, 1, 1, device=DEVICE)},
+        "sums do not fit": {"sums": torch.empty(2, 1, 1, device=DEVICE)},
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            conv(**options)
+
+
+def test_implicit_gemm_schema():
+    case = PROBLEMS[0]
+    x, weight, scale, shift, residual = tensors(case)
+    weights = implicit_gemm.pack(weight, case, implicit_gemm.TILES[0])
+    out = channels_last(torch.empty(case.output, dtype=case.dtype, device=DEVICE))
+    args = (x, weights, scale, shift, residual, implicit_gemm._geometry(case), 1, True, 64, 64, out, None, None)
+    torch.library.opcheck(torch.ops.fused_resnet_C.cuda_conv.default, args, test_utils="test_schema")
+
+
+def test_implicit_gemm_refuses_images_beyond_16_bits():
+    assert "32767" in implicit_gemm.unsupported(problem((1, 8, 1, 40000), 8, 1), CAPABILITY)
+    assert "8.0" in implicit_gemm.unsupported(PROBLEMS[0], (7, 5))
+    assert os.environ.get("FUSED_RESNET_EMULATOR_LAST") is None
