@@ -31,8 +31,7 @@ struct Stem {
 };
 
 // The cells of K in order: `offset` is that of the cell's first element from a pixel's first one. The window's rows lie
-// `pitch` elements apart; what is in the last cell of a row beyond `length`, and before `skew` in the first, belongs to
-// neighbouring pixels and is masked: zero weights would turn their NaN and Inf into NaN.
+// `pitch` elements apart. A cell beyond them reads the first one.
 struct Cells {
   int j = 0, r = 0, offset = 0;
 
@@ -41,21 +40,29 @@ struct Cells {
     if (++j < conv.cells) return;
     j = 0;
     ++r;
-    offset += conv.pitch - conv.cells * kCell;
+    offset = r < conv.window ? r * conv.pitch : 0;
   }
+};
 
-  // All bits of the elements of this cell that are in the filter, of those that start at `at`, kPer to 4 bytes.
-  template <int kPer>
-  FUSED_RESNET_DEVICE std::uint32_t mask(const Stem& conv, int at) const {
-    if (r == conv.window) return 0;
-    if (j > 0 && j < conv.cells - 1) return 0xffffffffu;
-    std::uint32_t bits = 0;
+// What a lane takes of a cell: the elements from `at` on, kPer of them in 4 bytes. Those in the last cell of a row
+// beyond `length`, and before `skew` in the first, belong to neighbouring pixels and are masked out: zero weights would
+// turn their NaN and Inf into NaN.
+template <int kPer>
+struct Mask {
+  std::uint32_t first = 0, last = 0;
+
+  FUSED_RESNET_DEVICE Mask(const Stem& conv, int at) {
 #pragma unroll
     for (int e = 0; e < kPer; ++e) {
-      const int element = j * kCell + at + e - conv.skew;
-      if (element >= 0 && element < conv.length) bits |= 0xffffffffu >> (32 - 32 / kPer) << (e * 32 / kPer);
+      const std::uint32_t bits = 0xffffffffu >> (32 - 32 / kPer) << (e * 32 / kPer);
+      if (at + e >= conv.skew) first |= bits;
+      if ((conv.cells - 1) * kCell + at + e < conv.length + conv.skew) last |= bits;
     }
-    return bits;
+  }
+
+  FUSED_RESNET_DEVICE std::uint32_t of(const Stem& conv, const Cells& cells) const {
+    const std::uint32_t mask = cells.r < conv.window ? (cells.j == 0 ? first : 0xffffffffu) : 0;
+    return cells.j == conv.cells - 1 ? mask & last : mask;
   }
 };
 
@@ -150,6 +157,64 @@ FUSED_RESNET_DEVICE void sum_plainly(float (&v)[kV], const float* pixel, const f
     }
 }
 
+// The end of 16 pixels: v is [group, half, kV], whose channels begin at first_k + 4 * kV * group, and to[half] tells
+// where in the output a pixel is; negative: it is not there. One branch for the activation of all of them.
+template <class T, int kGroups>
+FUSED_RESNET_DEVICE void write(float (&v)[kGroups][2][kWide<T>], const float* scale_vector, const float* shift_vector,
+                               const T* residual, T* out, const Stem& conv, int first_k, const std::int64_t (&to)[2]) {
+  constexpr int kV = kWide<T>;
+  const bool wide = conv.k % kV == 0;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int k = first_k + group * 4 * kV, here = conv.k - k < kV ? conv.k - k : kV;
+    float scale[kV] = {}, shift[kV] = {};
+    if (here == kV) {
+      load_vector(scale, scale_vector, k, 1.0f);
+      load_vector(shift, shift_vector, k, 0.0f);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kV; ++e)
+        if (e < here) scale[e] = scale_vector[k + e], shift[e] = shift_vector[k + e];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Pack<T, kV> added{};
+      if (residual && to[half] >= 0 && here > 0) {
+        if (wide) {
+          added = load_pack<T, kV>(residual + to[half] + k);
+        } else {
+#pragma unroll
+          for (int e = 0; e < kV; ++e)
+            if (e < here) added.data[e] = residual[to[half] + k + e];
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < kV; ++e)
+        v[group][half][e] = v[group][half][e] * scale[e] + shift[e] + static_cast<float>(added.data[e]);
+    }
+  }
+  activate_any(reinterpret_cast<float (&)[kGroups * 2 * kV]>(v), conv.act);
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int k = first_k + group * 4 * kV, here = conv.k - k < kV ? conv.k - k : kV;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (to[half] < 0 || here <= 0) continue;
+      Pack<T, kV> rounded;
+#pragma unroll
+      for (int e = 0; e < kV; ++e)
+        rounded.data[e] = static_cast<T>(v[group][half][e]);
+      if (wide) {
+        store_pack(out + to[half] + k, rounded);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kV; ++e)
+          if (e < here) out[to[half] + k + e] = rounded.data[e];
+      }
+    }
+  }
+}
+
 // out[i, p, q, k] = act(sum_rsc x[i, p * stride + r - pad, q * stride + s - pad, c] w[k, r, s, c] * scale[k] + shift[k]
 // + residual[i, p, q, k]); out may be the residual.
 //
@@ -199,6 +264,8 @@ __global__ void __launch_bounds__(kThreads, kM == 4 || sizeof(T) == 4 ? 2 : 4)
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int across = conv.q - q0 < conv.columns ? conv.q - q0 : conv.columns;
   const int pixels = (conv.p - p0 < conv.rows ? conv.p - p0 : conv.rows) * across;
+  const int places[2] = {lane % 4 * kPer, lane % 4 * kPer + (kPer == 1 ? 4 : 0)};  // in a cell, for 16 bytes of K each
+  const Mask<kPer> masks[2] = {Mask<kPer>(conv, places[0]), Mask<kPer>(conv, places[1])};
   for (int first = warp * kM * 16; first < pixels; first += kWarps * kM * 16) {
     int at[kM][2];  // of this lane's pixels, 8 apart, in `rows`; one that is not there reads the first one
 #pragma unroll
@@ -214,14 +281,12 @@ __global__ void __launch_bounds__(kThreads, kM == 4 || sizeof(T) == 4 ? 2 : 4)
       std::uint32_t a[kM][4];
 #pragma unroll
       for (int part = 0; part < 2; ++part) {  // of 16 bytes of K
-        const int t = lane % 4 * kPer + (kPer == 1 ? part * 4 : 0);
-        const std::uint32_t mask = cells.mask<kPer>(conv, t);
-        const int offset = mask ? cells.offset + t : 0;
+        const std::uint32_t mask = masks[part].of(conv, cells);
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            a[m][2 * part + half] = load_word<T, kOdd>(rows, at[m][half] + offset) & mask;
+            a[m][2 * part + half] = load_word<T, kOdd>(rows, at[m][half] + cells.offset + places[part]) & mask;
         if (kPer == 2 || part == 1) cells.next(conv);
       }
 #pragma unroll
@@ -233,49 +298,28 @@ __global__ void __launch_bounds__(kThreads, kM == 4 || sizeof(T) == 4 ? 2 : 4)
     }
 
 #pragma unroll
-    for (int group = 0; group < 4 * kPairs / kV; ++group) {  // of 16 bytes of the output a lane
-      const int k = chunk * kPairs * 16 + group * 4 * kV + lane % 4 * kV;
-      const int here = conv.k - k < kV ? conv.k - k : kV;
-      if (here <= 0) continue;
-      float scale[kV], shift[kV];
+    for (int m = 0; m < kM; ++m) {
+      float v[4 * kPairs / kV][2][kV];  // 16 bytes of the output each, in the order of memory
+      std::int64_t to[2];
 #pragma unroll
-      for (int e = 0; e < kV; ++e) {
-        scale[e] = e < here ? scale_vector[k + e] : 0.0f;
-        shift[e] = e < here ? shift_vector[k + e] : 0.0f;
-      }
+      for (int half = 0; half < 2; ++half) {
+        const int i = first + m * 16 + half * 8 + lane / 4;
+        const std::int64_t row = image * conv.p + p0 + i / across;
+        to[half] = i < pixels ? (row * conv.q + q0 + i % across) * conv.k : -1;
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int i = first + m * 16 + half * 8 + lane / 4;
-          if (i >= pixels) continue;
-          float v[kV];
+        for (int group = 0; group < 4 * kPairs / kV; ++group) {
+          bool finite = true;
 #pragma unroll
           for (int e = 0; e < kV; ++e) {
             const int tile = group * kV / 2 + e / 2;
-            v[e] = sums[tile / 2][m][tile % 2][2 * half + e % 2];
+            v[group][half][e] = sums[tile / 2][m][tile % 2][2 * half + e % 2];
+            finite &= v[group][half][e] - v[group][half][e] == 0.0f;
           }
-          if constexpr (sizeof(T) == 4 && kProducts == Products::kSplit) {
-            bool finite = true;
-#pragma unroll
-            for (int e = 0; e < kV; ++e)
-              finite &= v[e] - v[e] == 0.0f;
-            if (!finite) sum_plainly(v, rows + at[m][half], weights, conv, kPairs, group * kV / 2, lane);
-          }
-          const std::int64_t row = image * conv.p + p0 + i / across;
-          const std::int64_t to = (row * conv.q + q0 + i % across) * conv.k + k;
-          Pack<T, kV> added{};
-          if (conv.k % kV == 0) {
-            if (residual) added = load_pack<T, kV>(residual + to);
-            store_pack(out + to, finish<T>(v, scale, shift, Widened<T, kV>{added}, conv.act));
-            continue;
-          }
-          for (int e = 0; residual && e < here; ++e)
-            added.data[e] = residual[to + e];
-          const Pack<T, kV> rounded = finish<T>(v, scale, shift, Widened<T, kV>{added}, conv.act);
-          for (int e = 0; e < here; ++e)
-            out[to + e] = rounded.data[e];
+          if constexpr (sizeof(T) == 4 && kProducts == Products::kSplit)
+            if (!finite) sum_plainly(v[group][half], rows + at[m][half], weights, conv, kPairs, group * kV / 2, lane);
         }
+      }
+      write<T>(v, scale_vector, shift_vector, residual, out, conv, chunk * kPairs * 16 + lane % 4 * kV, to);
     }
   }
 }
