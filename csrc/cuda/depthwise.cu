@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
   }
 }
 
-// Neighbouring columns of a thread: as many as leave the registers for two blocks or more a quarter of an SM.
+// Neighbouring columns of a thread: as many as its registers hold, so that few inputs are loaded and converted twice.
 constexpr int columns_of(int window, int stride, int width) {
   if (window == 3) return width == 8 ? 1 : 2;
   return width == 4 ? 1 : stride == 1 ? 4 : 2;
