@@ -71,6 +71,9 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
       "int[] tile, int act, Tensor(a!) out) -> ()");
   m.def("cuda_depthwise_dgrad(Tensor grad, Tensor weight, int[] geometry, int[] tile, Tensor(a!) dx) -> ()");
   m.def("cuda_depthwise_wgrad(Tensor grad, Tensor x, int[] geometry, Tensor(a!) workspace, Tensor(b!) dweight) -> ()");
+  m.def(
+      "cuda_stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int[] geometry, int[] tile, "
+      "bool tf32, int act, Tensor(a!) out) -> ()");
   m.def("cuda_bn_stats(Tensor x, int tile_rows, Tensor(a!) partials) -> ()");
   m.def("cuda_bn_finalize(Tensor partials, int rows, int tile_rows, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(

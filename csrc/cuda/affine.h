@@ -29,13 +29,27 @@ FUSED_RESNET_DEVICE void activate_any(float (&v)[kN], int act) {
   }
 }
 
-// kN values of a per-channel vector, or `otherwise` where there is none.
+// kN values of a per-channel vector from c on, a multiple of kN, or `otherwise` where there is none.
 template <int kN>
 FUSED_RESNET_DEVICE void load_vector(float (&to)[kN], const float* vector, int c, float otherwise) {
+  constexpr int kAccess = kN < 4 ? kN : 4;
 #pragma unroll
-  for (int e = 0; e < kN; ++e)
-    to[e] = vector ? vector[c + e] : otherwise;
+  for (int e = 0; e < kN; e += kAccess) {
+    Pack<float, kAccess> pack;
+    if (vector) pack = load_pack<float, kAccess>(vector + c + e);
+#pragma unroll
+    for (int i = 0; i < kAccess; ++i)
+      to[e + i] = vector ? pack.data[i] : otherwise;
+  }
 }
+
+// The elements of a pack as floats.
+template <class T, int kN>
+struct Widened {
+  Pack<T, kN> pack;
+
+  FUSED_RESNET_DEVICE float operator[](int e) const { return static_cast<float>(pack.data[e]); }
+};
 
 // act(sum * scale + shift + residual), rounded to T; residual[e] is a float.
 template <class T, int kN, class Residual>

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
 // out[i, h, w, c] = sum_rs x[i, p, q, c] w[r, s, c] over all p, q, r, s with p * stride + r * dilation - padding = h
 // and likewise across, x being the output's gradient.
 template <class T, int kN, bool kGradient>
-__global__ void __launch_bounds__(kDepthwiseThreads)
+__global__ void __launch_bounds__(kDepthwiseThreads, 8)
     depthwise_any_kernel(const T* __restrict__ x, const T* __restrict__ weight, const float* scale_vector,
                          const float* shift_vector, const T* residual, T* out, Depthwise conv, Strips strips,
                          unsigned count, int act) {
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
   }
 }
 
-// Neighbouring columns of a thread: as many as leave the registers for two blocks or more a quarter of an SM.
+// Neighbouring columns of a thread: as many as its registers hold, so that few inputs are loaded and converted twice.
 constexpr int columns_of(int window, int stride, int width) {
   if (window == 3) return width == 8 ? 1 : 2;
   return width == 4 ? 1 : stride == 1 ? 4 : 2;

@@ -76,8 +76,8 @@ struct Strip {
   }
 };
 
-// kN elements of T as they lie in memory: words that stay whole until they are used. As elements, 16-bit ones would each
-// take a register from the load on.
+// kN elements of T as they lie in memory: words that stay whole until they are used. As elements, 16-bit ones would
+// each take a register from the load on.
 template <class T, int kN>
 struct Raw {
   static constexpr int kBytes = kN * static_cast<int>(sizeof(T));

@@ -34,6 +34,10 @@ void depthwise_dgrad(Tensor grad, Tensor weight, std::vector<std::int64_t> geome
                      Tensor dx);
 void depthwise_wgrad(Tensor grad, Tensor x, std::vector<std::int64_t> geometry, Tensor workspace, Tensor dweight);
 
+// The first layer's. A tile is rows, columns, 16 pixels a warp's times (2 or 4), and channels (32 or 64).
+void stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, std::optional<Tensor> residual,
+          std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile, bool tf32, std::int64_t act, Tensor out);
+
 // A tile of rows (pixels) has tile_rows of them, the last one what is left; partials hold, for every tile and channel,
 // the mean in two parts and M2 (bn_stats), or the sums of g and g * (x - mean) (bn_reduce). A mask has a byte for every
 // access, of 16 bytes where the channels are a multiple of that and else of one element, and in it a bit an element.
@@ -59,6 +63,7 @@ void scale_act(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> resid
   m.impl("cuda_depthwise_fwd", TORCH_BOX(&fused_resnet::cuda::depthwise_fwd));           \
   m.impl("cuda_depthwise_dgrad", TORCH_BOX(&fused_resnet::cuda::depthwise_dgrad));       \
   m.impl("cuda_depthwise_wgrad", TORCH_BOX(&fused_resnet::cuda::depthwise_wgrad));       \
+  m.impl("cuda_stem", TORCH_BOX(&fused_resnet::cuda::stem));                             \
   m.impl("cuda_bn_stats", TORCH_BOX(&fused_resnet::cuda::bn_stats));                     \
   m.impl("cuda_bn_finalize", TORCH_BOX(&fused_resnet::cuda::bn_finalize));               \
   m.impl("cuda_bn_apply", TORCH_BOX(&fused_resnet::cuda::bn_apply));                     \

@@ -51,7 +51,8 @@ def unsupported(problem, capability) -> str:
 
 
 def configs(problem, capability) -> list[Config]:
-    """For each width of an access the rows that fill the GPU; the widest but one first, which leaves more threads."""
+    """For each width of an access the rows that fill the GPU; half of 16 bytes first, which leaves registers for more
+    threads, and for 5x5 two channels, which leave some for four columns."""
     if not _own_kernel(problem.weight[2:], problem.stride, problem.dilation):
         return [Config(NAME, (1, _widths(problem, False)[0]), 4, 1)]
     n, k, p, q = problem.output
@@ -59,10 +60,10 @@ def configs(problem, capability) -> list[Config]:
     for width in _widths(problem, True)[:2]:
         warps = n * cdiv(q, 2) * (k // width) / WARP  # where every thread has a whole column
         rows = min(ROWS, key=lambda rows, warps=warps: _steps_in_a_row(problem, rows, warps))
-        for warps_of_a_block in (4,) if warps * cdiv(p, rows) >= WARPS else (1, 4):
-            found.append(Config(NAME, (rows, width), warps_of_a_block, 1))
-    half = 8 // problem.dtype.itemsize
-    return sorted(found, key=lambda config: config.blocks[1] != half)
+        blocks = (4,) if warps * cdiv(p, rows) >= WARPS else (1, 4)
+        found += [Config(NAME, (rows, width), warps_of_a_block, 1) for warps_of_a_block in blocks]
+    likeliest = 8 // problem.dtype.itemsize if problem.weight[2] == 3 else 2
+    return sorted(found, key=lambda config: config.blocks[1] != likeliest)
 
 
 def _steps_in_a_row(problem, rows: int, warps: float) -> float:
