@@ -89,6 +89,17 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
       "cuda_bn_input_grad(Tensor dy, Tensor x, Tensor? y, Tensor? mask, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor mean, Tensor var, Tensor mean_g, Tensor slope, float eps, int act, Tensor(a!) dx) -> ()");
   m.def("cuda_scale_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, int act, Tensor(a!) out) -> ()");
+  m.def("cuda_max_pool(Tensor x, int[] geometry, Tensor(a!) out, Tensor(b!)? argmax) -> ()");
+  m.def("cuda_max_pool_bwd(Tensor dy, Tensor argmax, int[] geometry, Tensor(a!) dx) -> ()");
+  m.def(
+      "cuda_bn_max_pool(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, int act, "
+      "int[] geometry, Tensor(a!) out, Tensor(b!)? argmax) -> ()");
+  m.def(
+      "cuda_bn_max_pool_reduce(Tensor dy, Tensor argmax, int[] geometry, Tensor x, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor var, float eps, int act, int tile_rows, Tensor(a!) partials) -> ()");
+  m.def(
+      "cuda_bn_max_pool_input_grad(Tensor dy, Tensor argmax, int[] geometry, Tensor x, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor var, Tensor mean_g, Tensor slope, float eps, int act, Tensor(a!) dx) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {

@@ -9,7 +9,8 @@ namespace {
 // out = act((x - mean) * scale + shift + residual); bit e of mask[access] is set where the gradient of element e
 // passes.
 template <class T, int kN, int kAct>
-__global__ void __launch_bounds__(RowGrid::kThreads) bn_apply_kernel(BnArgs<T> in, RowGrid grid) {
+__global__ void __launch_bounds__(RowGrid::kThreads, kAct == kNone ? 3 : 2)
+    bn_apply_kernel(BnArgs<T> in, RowGrid grid) {
   const RowTile tile(grid, kN, true);
   if (!tile.inside) return;
   const Affine<kN> affine(in, tile);
@@ -25,17 +26,21 @@ __global__ void __launch_bounds__(RowGrid::kThreads) bn_apply_kernel(BnArgs<T> i
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const std::int64_t at = (row + i * tile.lines) * grid.channels + tile.channel;
-      Pack<T, kN> out;
-      unsigned bits = 0;
+      float v[kN];
 #pragma unroll
       for (int e = 0; e < kN; ++e) {
-        float v = affine(e, static_cast<float>(x[i].data[e]));
-        if (in.residual) v += static_cast<float>(residual[i].data[e]);
-        out.data[e] = static_cast<T>(limited_activate<kAct>(v, in.limits));
-        bits |= static_cast<unsigned>(passes(static_cast<float>(out.data[e]), in.limits)) << e;
+        v[e] = affine(e, widen(x[i], e));
+        if (in.residual) v[e] += widen(residual[i], e);
+        v[e] = limited_activate<kAct>(v[e], in.limits);
       }
+      const auto out = narrow<T>(v);
       store_pack(in.out + at, out);
-      if (in.mask) in.mask[at / kN] = static_cast<std::uint8_t>(bits);
+      if (!in.mask) continue;
+      unsigned bits = 0;
+#pragma unroll
+      for (int e = 0; e < kN; ++e)
+        bits |= static_cast<unsigned>(passes(widen(out, e), in.limits)) << e;
+      in.mask[at / kN] = static_cast<std::uint8_t>(bits);
     }
   });
 }
@@ -47,21 +52,6 @@ void with_limited_act(std::int64_t act, const Body& body) {
   if (act == kSilu) return body(std::integral_constant<int, kSilu>{});
   STD_TORCH_CHECK(act == kNone || act == kRelu || act == kRelu6, "unknown activation");
   body(std::integral_constant<int, kNone>{});
-}
-
-template <class T>
-BnArgs<T> arguments(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
-                    const std::optional<Tensor>& var, const std::optional<Tensor>& weight,
-                    const std::optional<Tensor>& bias, double eps, std::int64_t act) {
-  BnArgs<T> in{.limits = Limits(act)};
-  in.x = static_cast<const T*>(x.const_data_ptr());
-  in.residual = static_cast<const T*>(data_or_null(residual));
-  in.mean = floats(mean);
-  in.var = floats(var);
-  in.weight = floats(weight);
-  in.bias = floats(bias);
-  in.eps = static_cast<float>(eps);
-  return in;
 }
 
 std::uint8_t* mask_bytes(const std::optional<Tensor>& mask, const Tensor& x, int width, std::int64_t act) {
@@ -78,7 +68,7 @@ void apply(const Tensor& x, const std::optional<Tensor>& residual, const std::op
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     with_width<T>(x.size(1), [&](auto width) {
-      auto in = arguments<T>(x, residual, mean, var, weight, bias, eps, act);
+      auto in = bn_args<T>(x, residual, mean, var, weight, bias, eps, act);
       in.out = static_cast<T*>(out.mutable_data_ptr());
       in.mask = mask_bytes(mask, x, width(), act);
       const RowGrid grid(x.numel() / x.size(1), x.size(1), width());
@@ -120,7 +110,7 @@ void bn_reduce(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tenso
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     with_width<T>(x.size(1), [&](auto width) {
-      auto in = arguments<T>(x, residual, mean, var, weight, bias, eps, act);
+      auto in = bn_args<T>(x, residual, mean, var, weight, bias, eps, act);
       in.dy = static_cast<const T*>(dy.const_data_ptr());
       in.y = static_cast<const T*>(data_or_null(y));
       in.mask = mask_bytes(mask, x, width(), act);
@@ -140,7 +130,7 @@ void bn_input_grad(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<T
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     with_width<T>(x.size(1), [&](auto width) {
-      auto in = arguments<T>(x, residual, mean, var, weight, bias, eps, act);
+      auto in = bn_args<T>(x, residual, mean, var, weight, bias, eps, act);
       in.dy = static_cast<const T*>(dy.const_data_ptr());
       in.y = static_cast<const T*>(data_or_null(y));
       in.mask = mask_bytes(mask, x, width(), act);

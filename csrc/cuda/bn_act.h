@@ -31,6 +31,22 @@ struct BnArgs {
   Limits limits;
 };
 
+// What all passes have in common.
+template <class T>
+BnArgs<T> bn_args(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
+                  const std::optional<Tensor>& var, const std::optional<Tensor>& weight,
+                  const std::optional<Tensor>& bias, double eps, std::int64_t act) {
+  BnArgs<T> in{.limits = Limits(act)};
+  in.x = static_cast<const T*>(x.const_data_ptr());
+  in.residual = static_cast<const T*>(data_or_null(residual));
+  in.mean = floats(mean);
+  in.var = floats(var);
+  in.weight = floats(weight);
+  in.bias = floats(bias);
+  in.eps = static_cast<float>(eps);
+  return in;
+}
+
 template <int kAct>
 FUSED_RESNET_DEVICE float limited_activate(float v, Limits limits) {
   if constexpr (kAct != kNone) return activate<kAct>(v);
@@ -77,7 +93,7 @@ struct StoredGradient {
 
   struct Loaded {
     Pack<T, kN> pack;
-    FUSED_RESNET_DEVICE float operator()(int e) const { return static_cast<float>(pack.data[e]); }
+    FUSED_RESNET_DEVICE float operator()(int e) const { return widen(pack, e); }
   };
   FUSED_RESNET_DEVICE Loaded load(const RowTile& tile, const RowGrid& grid, std::int64_t row) const {
     return {load_pack<T, kN>(dy + row * grid.channels + tile.channel)};
@@ -102,17 +118,15 @@ struct GradientRow {
       if (in.residual) other = load_pack<T, kN>(in.residual + at);
   }
 
-  FUSED_RESNET_DEVICE float centred(int e, const Affine<kN>& affine) const {
-    return static_cast<float>(x.data[e]) - affine.mean[e];
-  }
+  FUSED_RESNET_DEVICE float centred(int e, const Affine<kN>& affine) const { return widen(x, e) - affine.mean[e]; }
 
   FUSED_RESNET_DEVICE float g(int e, const BnArgs<T>& in, const Affine<kN>& affine) const {
     const float g = dy(e);
     if constexpr (kSlope == Slope::kOne) return g;
     if constexpr (kSlope == Slope::kMask) return bits >> e & 1 ? g : 0.0f;
-    if constexpr (kSlope == Slope::kOutput) return passes(static_cast<float>(other.data[e]), in.limits) ? g : 0.0f;
-    float pre = affine(e, static_cast<float>(x.data[e]));
-    if (in.residual) pre += static_cast<float>(other.data[e]);
+    if constexpr (kSlope == Slope::kOutput) return passes(widen(other, e), in.limits) ? g : 0.0f;
+    float pre = affine(e, widen(x, e));
+    if (in.residual) pre += widen(other, e);
     if constexpr (kAct != kNone) return activate_grad<kAct>(g, pre);
     return passes(static_cast<float>(static_cast<T>(pre)), in.limits) ? g : 0.0f;
   }
@@ -120,7 +134,8 @@ struct GradientRow {
 
 // partials[tile] = the sums of g and of g * (x - mean) over the tile; dresidual = g.
 template <class T, int kN, Slope kSlope, int kAct, class Source>
-__global__ void __launch_bounds__(RowGrid::kThreads) bn_reduce_kernel(BnArgs<T> in, Source source, RowGrid grid) {
+__global__ void __launch_bounds__(RowGrid::kThreads, kSlope == Slope::kOne ? 3 : 2)
+    bn_reduce_kernel(BnArgs<T> in, Source source, RowGrid grid) {
   const RowTile tile(grid, kN);
   const Affine<kN> affine(in, tile);
   float sums[2 * kN] = {};
@@ -132,15 +147,14 @@ __global__ void __launch_bounds__(RowGrid::kThreads) bn_reduce_kernel(BnArgs<T> 
       a[i].load(in, source, tile, grid, row + i * tile.lines);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      Pack<T, kN> out;
+      float g[kN];
 #pragma unroll
       for (int e = 0; e < kN; ++e) {
-        const float g = a[i].g(e, in, affine);
-        sums[e] += g;
-        sums[kN + e] += g * a[i].centred(e, affine);
-        out.data[e] = static_cast<T>(g);
+        g[e] = a[i].g(e, in, affine);
+        sums[e] += g[e];
+        sums[kN + e] += g[e] * a[i].centred(e, affine);
       }
-      if (in.dresidual) store_pack(in.dresidual + (row + i * tile.lines) * grid.channels + tile.channel, out);
+      if (in.dresidual) store_pack(in.dresidual + (row + i * tile.lines) * grid.channels + tile.channel, narrow<T>(g));
     }
   });
   merge_lines(tile, sums, [](float (&own)[2 * kN], const float (&other)[2 * kN], int) {
@@ -160,7 +174,8 @@ __global__ void __launch_bounds__(RowGrid::kThreads) bn_reduce_kernel(BnArgs<T> 
 
 // out = dx = scale * (g - mean_g - (x - mean) * slope), the tiles in the opposite order of bn_reduce_kernel's.
 template <class T, int kN, Slope kSlope, int kAct, class Source>
-__global__ void __launch_bounds__(RowGrid::kThreads) bn_input_grad_kernel(BnArgs<T> in, Source source, RowGrid grid) {
+__global__ void __launch_bounds__(RowGrid::kThreads, kSlope == Slope::kOne ? 3 : 2)
+    bn_input_grad_kernel(BnArgs<T> in, Source source, RowGrid grid) {
   const RowTile tile(grid, kN, true);
   if (!tile.inside) return;
   const Affine<kN> affine(in, tile);
@@ -175,12 +190,11 @@ __global__ void __launch_bounds__(RowGrid::kThreads) bn_input_grad_kernel(BnArgs
       a[i].load(in, source, tile, grid, row + i * tile.lines);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      Pack<T, kN> out;
+      float dx[kN];
 #pragma unroll
       for (int e = 0; e < kN; ++e)
-        out.data[e] = static_cast<T>(
-            batch_norm_grad(a[i].g(e, in, affine), a[i].centred(e, affine), affine.scale[e], mean_g[e], slope[e]));
-      store_pack(in.out + (row + i * tile.lines) * grid.channels + tile.channel, out);
+        dx[e] = batch_norm_grad(a[i].g(e, in, affine), a[i].centred(e, affine), affine.scale[e], mean_g[e], slope[e]);
+      store_pack(in.out + (row + i * tile.lines) * grid.channels + tile.channel, narrow<T>(dx));
     }
   });
 }

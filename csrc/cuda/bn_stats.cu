@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(RowGrid::kThreads) bn_stats_kernel(const T* x,
     const auto first = load_pack<T, kN>(x + tile.row * grid.channels + tile.channel);
 #pragma unroll
     for (int e = 0; e < kN; ++e) {
-      const auto value = static_cast<float>(first.data[e]);
+      const float value = widen(first, e);
       centre[e] = std::fabs(value) < 0x1p102f ? value : 0.0f;
     }
   }
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(RowGrid::kThreads) bn_stats_kernel(const T* x,
       float d[kRows], sum = 0.0f, squares = 0.0f;
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
-        sum += d[i] = static_cast<float>(a[i].data[e]) - centre[e];
+        sum += d[i] = widen(a[i], e) - centre[e];
       const float mean = sum * (1.0f / kRows);
 #pragma unroll
       for (int i = 0; i < kRows; ++i)

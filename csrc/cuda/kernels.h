@@ -55,6 +55,20 @@ void bn_input_grad(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<T
                    Tensor mean, Tensor var, Tensor mean_g, Tensor slope, double eps, std::int64_t act, Tensor dx);
 void scale_act(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual, std::int64_t act, Tensor out);
 
+// geometry: kernel, stride and padding, each (height, width); argmax, [N, P, Q, C], has the taken tap's number in a
+// byte. bn_max_pool and its gradient are those of max_pool(act(batch norm)), the activation a clamp.
+void max_pool(Tensor x, std::vector<std::int64_t> geometry, Tensor out, std::optional<Tensor> argmax);
+void max_pool_bwd(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor dx);
+void bn_max_pool(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                 double eps, std::int64_t act, std::vector<std::int64_t> geometry, Tensor out,
+                 std::optional<Tensor> argmax);
+void bn_max_pool_reduce(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x,
+                        std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var, double eps,
+                        std::int64_t act, std::int64_t tile_rows, Tensor partials);
+void bn_max_pool_input_grad(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x,
+                            std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var,
+                            Tensor mean_g, Tensor slope, double eps, std::int64_t act, Tensor dx);
+
 // Registers each of them under its name in the namespace fused_resnet_C.
 #define FUSED_RESNET_CUDA_OPERATORS(m)                                                   \
   m.impl("cuda_add_act_fwd", TORCH_BOX(&fused_resnet::cuda::add_act_fwd));               \
@@ -70,6 +84,11 @@ void scale_act(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> resid
   m.impl("cuda_bn_reduce", TORCH_BOX(&fused_resnet::cuda::bn_reduce));                   \
   m.impl("cuda_bn_reduce_finalize", TORCH_BOX(&fused_resnet::cuda::bn_reduce_finalize)); \
   m.impl("cuda_bn_input_grad", TORCH_BOX(&fused_resnet::cuda::bn_input_grad));           \
-  m.impl("cuda_scale_act", TORCH_BOX(&fused_resnet::cuda::scale_act))
+  m.impl("cuda_scale_act", TORCH_BOX(&fused_resnet::cuda::scale_act));                   \
+  m.impl("cuda_max_pool", TORCH_BOX(&fused_resnet::cuda::max_pool));                     \
+  m.impl("cuda_max_pool_bwd", TORCH_BOX(&fused_resnet::cuda::max_pool_bwd));             \
+  m.impl("cuda_bn_max_pool", TORCH_BOX(&fused_resnet::cuda::bn_max_pool));               \
+  m.impl("cuda_bn_max_pool_reduce", TORCH_BOX(&fused_resnet::cuda::bn_max_pool_reduce)); \
+  m.impl("cuda_bn_max_pool_input_grad", TORCH_BOX(&fused_resnet::cuda::bn_max_pool_input_grad))
 
 }  // namespace fused_resnet::cuda

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cuda/device.h"
+#include "cuda/widen.h"
 
 namespace fused_resnet::cuda {
 

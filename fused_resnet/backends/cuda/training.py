@@ -8,6 +8,7 @@ merges the tiles in fp64 and in a fixed order. A convolution that leaves such pa
 import torch
 from torch import Tensor
 
+from fused_resnet.backends import reference
 from fused_resnet.backends.cpu import ACT_CODES
 from fused_resnet.backends.layout import empty, ready
 from fused_resnet.backends.reference import channels_last
@@ -143,3 +144,82 @@ def _merged_gradients(x, partials, var, eps):
     vectors = _vectors(4, x)
     _ops.cuda_bn_reduce_finalize(partials, _rows(x), var, eps, *vectors)
     return vectors
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+MOST_TAPS = 25  # of a window, as in csrc/cuda/max_pool.h
+
+
+def max_pool2d(x, kernel, stride, padding, size):
+    if kernel[0] * kernel[1] > MOST_TAPS:
+        return reference.max_pool2d(x, kernel, stride, padding, size)
+    x = ready(x)
+    out = empty((*x.shape[:2], *size), x)
+    _ops.cuda_max_pool(x, (*kernel, *stride, *padding), out, None)
+    return out
+
+
+def _pooled(x, size) -> tuple[Tensor, Tensor]:
+    """The output of a pooling of x, and the number in its window, r * S + s, of the tap that each was taken from."""
+    out = empty((*x.shape[:2], *size), x)
+    return out, torch.empty_like(out, dtype=torch.uint8)
+
+
+def max_pool2d_argmax(x, kernel, stride, padding, size):
+    """The output and the taps that it was taken from; windows have up to MOST_TAPS."""
+    x = ready(x)
+    out, argmax = _pooled(x, size)
+    _ops.cuda_max_pool(x, (*kernel, *stride, *padding), out, argmax)
+    return out, argmax
+
+
+def max_pool2d_backward(grad, argmax, kernel, stride, padding, size):
+    """The gradient of x [N, C, *size]."""
+    grad = ready(grad)
+    d_x = empty((*grad.shape[:2], *size), grad)
+    _ops.cuda_max_pool_bwd(grad, argmax, (*kernel, *stride, *padding), d_x)
+    return d_x
+
+
+FUSED_POOL_ACTS = ("none", "relu", "relu6")
+
+
+def bn_act_max_pool2d(x, weight, bias, eps, act, kernel, stride, padding, size):
+    """max_pool2d(bn_act(x)) of one of FUSED_POOL_ACTS: the output, the taps, mean and variance.
+
+    The output of bn_act is rounded as it would be in memory, which it never is in.
+    """
+    x = ready(x)
+    rows = tile_rows(x)
+    partials = _partials(x, rows, 3)
+    _ops.cuda_bn_stats(x, rows, partials)
+    return finish_bn_act_max_pool2d(x, partials, rows, weight, bias, eps, act, kernel, stride, padding, size)
+
+
+def finish_bn_act_max_pool2d(z, partials, rows, weight, bias, eps, act, kernel, stride, padding, size):
+    """The same of z, of which a convolution has left the partials of tiles of so many rows."""
+    mean, var = merged_statistics(z, partials, rows)
+    out, argmax = _pooled(z, size)
+    geometry = (*kernel, *stride, *padding)
+    weight, bias = _vector(weight), _vector(bias)
+    _ops.cuda_bn_max_pool(z, mean, var, weight, bias, eps, ACT_CODES[act], geometry, out, argmax)
+    return out, argmax, mean, var
+
+
+def bn_act_max_pool2d_backward(
+    grad, argmax, x, weight, bias, mean, var, eps, act, kernel, stride, padding, *, needs_x=True
+):
+    """The gradients of x (None where it is not needed), weight and bias, from that of the pooled output."""
+    grad, x = ready(grad), ready(x)
+    weight, bias, mean, var = (_vector(t) for t in (weight, bias, mean, var))
+    pooling, code = (grad, argmax, (*kernel, *stride, *padding)), ACT_CODES[act]
+    rows = tile_rows(x)
+    partials = _partials(x, rows, 2)
+    _ops.cuda_bn_max_pool_reduce(*pooling, x, weight, bias, mean, var, eps, code, rows, partials)
+    d_weight, d_bias, mean_g, slope = _merged_gradients(x, partials, var, eps)
+    if not needs_x:
+        return None, d_weight, d_bias
+    d_x = empty(x.shape, x)
+    _ops.cuda_bn_max_pool_input_grad(*pooling, x, weight, bias, mean, var, mean_g, slope, eps, code, d_x)
+    return d_x, d_weight, d_bias

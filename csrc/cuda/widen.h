@@ -1,0 +1,45 @@
+// The elements of a pack as floats and back. In 16 bits two of them stay in one register, where conversions one by one
+// would take, and keep, a register each.
+#pragma once
+
+#include "cuda/device.h"
+
+namespace fused_resnet::cuda {
+
+// Element e of a pack.
+template <class T, int kN>
+FUSED_RESNET_DEVICE float widen(const Pack<T, kN>& pack, int e) {
+#if !defined(FUSED_RESNET_EMULATED)
+  if constexpr (std::is_same_v<T, Bf16> && kN % 2 == 0) {
+    const std::uint32_t two = reinterpret_cast<const std::uint32_t*>(pack.data)[e / 2];
+    return as_float(e % 2 ? two & 0xffff0000u : two << 16);
+  }
+#endif
+  return static_cast<float>(pack.data[e]);
+}
+
+// Rounds to the nearest T, ties to even.
+template <class T, int kN>
+FUSED_RESNET_DEVICE Pack<T, kN> narrow(const float (&values)[kN]) {
+  Pack<T, kN> pack;
+#if !defined(FUSED_RESNET_EMULATED)
+  if constexpr (!std::is_same_v<T, float> && kN % 2 == 0) {
+#pragma unroll
+    for (int e = 0; e < kN; e += 2) {
+      std::uint32_t two;
+      if constexpr (std::is_same_v<T, Bf16>)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(two) : "f"(values[e + 1]), "f"(values[e]));
+      else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(two) : "f"(values[e + 1]), "f"(values[e]));
+      reinterpret_cast<std::uint32_t*>(pack.data)[e / 2] = two;
+    }
+    return pack;
+  }
+#endif
+#pragma unroll
+  for (int e = 0; e < kN; ++e)
+    pack.data[e] = static_cast<T>(values[e]);
+  return pack;
+}
+
+}  // namespace fused_resnet::cuda
