@@ -92,13 +92,11 @@ def extension():
         print(f"fused_resnet: no CUDA kernels in this build: {reason}", file=sys.stderr)
 
     class Build(cpp_extension.BuildExtension):
-        """A compiler that fails costs the user the fast path, not the install, unless CUDA was asked for."""
-
         def run(self):
+            """A compiler that fails costs the user the fast path, not the install, unless CUDA was asked for."""
             newest = max(map(os.path.getmtime, files("**/*.h")))  # a torch without CUDA follows no headers of .cu files
-            for path in Path(self.build_temp).glob("csrc/cuda/*.o"):
-                if path.stat().st_mtime < newest:
-                    path.unlink()
+            for path in filter(lambda path: path.stat().st_mtime < newest, Path(self.build_temp).glob("csrc/cuda/*.o")):
+                path.unlink()
             try:
                 super().run()
             except (Exception, SystemExit) as error:
