@@ -46,7 +46,7 @@ FUSED_RESNET_DEVICE void add_up(const float (&sums)[kTaps][kN], float* partial, 
 // column, kRows rows. A thread slides down: each row of x is multiplied with the rows of grad that it reaches, which
 // wait in registers, as do the sums, fp32, of all its strips.
 template <class T, int kN, int kR, int kStride>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     depthwise_wgrad_kernel(const T* __restrict__ grad, const T* __restrict__ x, float* partial, Depthwise conv,
                            Strips strips, std::int64_t count, int tiles, int lanes) {
   constexpr int kUnder = (kR - 1) / kStride + 1;
