@@ -1,6 +1,7 @@
-"""Problems of the convolution kernels that have a family of their own, and what they should give."""
+"""Problems of the convolution kernels, and what they should give."""
 
 import math
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,19 @@ from torch import Tensor
 from fused_resnet.backends.problem import Problem
 from fused_resnet.backends.reference import channels_last
 
+MODES = {"bf16": (torch.bfloat16, False), "fp16": (torch.float16, False)}
+MODES |= {"tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+
+
+def tf32(module, allowed: bool):
+    """A context in which the kernels of `module` may round to TF32, or not, wherever they run."""
+    return mock.patch.object(module, "tf32_allowed", lambda x: allowed)
+
 
 def problem(x, k, window=3, stride=1, padding=None, dilation=1, groups=1, residual=False, act="relu"):
     """A `Problem` in fp16, padded by half of the window where nothing else is said; pairs may be single numbers."""
     window, stride, dilation = ((v, v) if isinstance(v, int) else v for v in (window, stride, dilation))
-    padding = tuple(w // 2 for w in window) if padding is None else padding
+    padding = tuple(d * (w // 2) for d, w in zip(dilation, window, strict=True)) if padding is None else padding
     padding = (padding, padding) if isinstance(padding, int) else padding
     weight = (k, x[1] // groups, *window)
     return Problem("conv_scale_act", x, torch.float16, weight, stride, padding, dilation, groups, residual, act)

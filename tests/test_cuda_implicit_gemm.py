@@ -5,25 +5,31 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_kernels import DEVICE, IN_EMULATOR, both_orders, fenced, library, sparse
-from problems import dtypes, integers, poisoned, representable
+from cuda_convolutions import (
+    MODES,
+    check_exact,
+    check_not_finite,
+    check_orders,
+    check_two_times,
+    compute,
+    problem,
+    random_numbers,
+    tf32,
+    whole_numbers,
+)
+from cuda_kernels import DEVICE, IN_EMULATOR, both_orders, library, sparse
+from problems import dtypes, poisoned
 from tolerances import assert_two_times, tolerance
 
 from fused_resnet.backends.cuda import implicit_gemm
-from fused_resnet.backends.problem import Problem
+from fused_resnet.backends.cuda.family import geometry
 from fused_resnet.backends.reference import channels_last
 
 pytestmark = pytest.mark.skipif(bool(library()), reason=library() or "it is there")
 poison = pytest.fixture(autouse=True)(poisoned)
 
+FAMILY = implicit_gemm.FAMILY
 CAPABILITY = (9, 0)
-
-
-def problem(x, k, window=3, stride=1, padding=None, dilation=1, groups=1, residual=False, act="relu"):
-    window, stride, dilation = ((v, v) if isinstance(v, int) else v for v in (window, stride, dilation))
-    padding = tuple(d * (w // 2) for d, w in zip(dilation, window, strict=True)) if padding is None else (padding,) * 2
-    weight = (k, x[1] // groups, *window)
-    return Problem("conv_scale_act", x, torch.float16, weight, stride, padding, dilation, groups, residual, act)
 
 
 PROBLEMS = (
@@ -43,60 +49,21 @@ PROBLEMS = (
 problems = pytest.mark.parametrize("case", PROBLEMS, ids=str)
 
 
-def tensors(case: Problem, values=None):
-    """x, weight, scale, shift and residual, or None; of whole numbers that no sum rounds, or of `values(size)`."""
-    n, k, p, q = case.output
-    residual = None
-    if values is not None:
-        x, weight = values(case.x), values(case.weight) / values(case.weight)[0].numel() ** 0.5
-        scale, shift = torch.rand(k) + 0.5, torch.randn(k)
-        residual = values((n, k, p, q)) if case.residual else None
-    else:
-        x, weight = integers(*case.x, low=-2, high=2), integers(*case.weight)
-        weight = weight * (torch.rand(case.weight) < 256 / weight[0].numel())
-        scale, shift = 2.0 ** integers(k), integers(k, low=-4, high=4)
-        residual = integers(n, k, p, q, low=-4, high=4) if case.residual else None
-    images = [None if t is None else channels_last(t.to(case.dtype)).to(DEVICE) for t in (x, residual)]
-    return images[0], weight.to(case.dtype).to(DEVICE), scale.to(DEVICE), shift.to(DEVICE), images[1]
-
-
-def plain(case: Problem, x, weight, scale, shift, residual, dtype=torch.float64):
-    """The same in plain PyTorch on the CPU."""
-    x, weight, scale, shift = (t.cpu().to(dtype) for t in (x, weight, scale, shift))
-    y = F.conv2d(x, weight, None, *case[4:8]) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-    y = y if residual is None else y + residual.cpu().to(dtype)
-    return {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}[case.act](
-        y
-    )
-
-
-def compute(case: Problem, config, x, weight, scale, shift, residual):
-    out = channels_last(torch.empty(case.output, dtype=case.dtype, device=DEVICE))
-    weights = implicit_gemm.pack(weight, case, config)
-    implicit_gemm.run(case, config, x, weights, scale, shift, residual, out)
-    return out.cpu()
-
-
 @pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    monkeypatch.setattr(implicit_gemm, "tf32_allowed", lambda x: False)
-
-
-MODES = {"bf16": (torch.bfloat16, False), "fp16": (torch.float16, False)}
-MODES |= {"tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+def full_precision():
+    with tf32(implicit_gemm, False):
+        yield
 
 
 @problems
 @pytest.mark.parametrize("mode", MODES)
-def test_implicit_gemm_exact_in_every_configuration(case, mode, monkeypatch):
-    monkeypatch.setattr(implicit_gemm, "tf32_allowed", lambda x: MODES[mode][1])
+def test_implicit_gemm_exact(case, mode):
+    """In every configuration, also over its residual; and nothing outside of a tensor is touched."""
     case = case._replace(dtype=MODES[mode][0])
-    inputs = tensors(case)
-    expected = representable(plain(case, *inputs), case.dtype)
     configs = implicit_gemm.configs(case, CAPABILITY)
     assert len(set(configs)) == len(configs) > 0
-    for config in configs:
-        assert torch.equal(compute(case, config, *inputs), expected), config
+    with tf32(implicit_gemm, MODES[mode][1]):
+        check_exact(FAMILY, case, configs)
 
 
 def test_implicit_gemm_splits_what_would_not_fill_a_gpu():
@@ -113,40 +80,14 @@ def test_implicit_gemm_splits_what_would_not_fill_a_gpu():
 def test_implicit_gemm_two_times(case, dtype, act):
     """fp32 without TF32: three products of TF32 parts are as good as fp32's own."""
     case = case._replace(dtype=dtype, act=act)
-    inputs = tensors(case, torch.randn)
-    truth = plain(case, *inputs)
-    z = F.conv2d(inputs[0].cpu(), inputs[1].cpu(), None, *case[4:8])
-    eager = z.float() * inputs[2].cpu().view(1, -1, 1, 1) + inputs[3].cpu().view(1, -1, 1, 1)
-    eager = eager if inputs[4] is None else eager + inputs[4].cpu().float()
-    eager = {"relu": F.relu, "hardswish": F.hardswish, "silu": F.silu}[act](eager).to(dtype)
-    for config in implicit_gemm.configs(case, CAPABILITY)[:4]:
-        assert_two_times(compute(case, config, *inputs), eager, truth, str(config))
+    check_two_times(FAMILY, case, implicit_gemm.configs(case, CAPABILITY)[:3])
 
 
 @dtypes()
 def test_implicit_gemm_nan_and_inf(dtype):
     """They come out where aten has them, and nowhere else: zeros beside the filter meet none of them."""
-    case = problem((2, 20, 6, 7), 24)._replace(dtype=dtype, act="none")
-    x, weight, scale, shift, _ = tensors(case, torch.randn)
-    x[0, 3, 2, 2], x[1, 19, 0, 0], x[1, 1, 5, 6], x[0, 0, 5, 0] = torch.inf, torch.nan, -torch.inf, torch.inf
-    expected = plain(case, x, weight, scale, shift, None)
-    for config in implicit_gemm.configs(case, CAPABILITY):
-        found = compute(case, config, x, weight, scale, shift, None)
-        assert torch.equal(found.isnan(), expected.isnan()), config
-        assert torch.equal(found == torch.inf, expected == torch.inf), config
-        assert torch.equal(found == -torch.inf, expected == -torch.inf), config
-
-
-@dtypes()
-def test_implicit_gemm_over_its_residual(dtype):
-    """The output may take the residual's place."""
-    case = PROBLEMS[0]._replace(dtype=dtype)
-    x, weight, scale, shift, residual = tensors(case)
-    expected = representable(plain(case, x, weight, scale, shift, residual), dtype)
-    for config in implicit_gemm.configs(case, CAPABILITY):
-        out = residual.clone(memory_format=torch.channels_last)
-        implicit_gemm.run(case, config, x, implicit_gemm.pack(weight, case, config), scale, shift, out, out)
-        assert torch.equal(out.cpu(), expected), config
+    case = problem((2, 20, 6, 7), 24, act="none")._replace(dtype=dtype)
+    check_not_finite(FAMILY, case, implicit_gemm.configs(case, CAPABILITY))
 
 
 @pytest.mark.parametrize("case", [PROBLEMS[0], PROBLEMS[5], PROBLEMS[7], PROBLEMS[10]], ids=str)
@@ -154,7 +95,7 @@ def test_implicit_gemm_over_its_residual(dtype):
 def test_implicit_gemm_moments(case, dtype):
     """Batch norm's first stage: count, mean and M2 of each tile, of what was rounded and stored."""
     case = case._replace(dtype=dtype, residual=False, act="none")
-    x, weight, *_ = tensors(case, lambda size: torch.randn(size) + 3)
+    x, weight, *_ = random_numbers(case)
     bias = torch.randn(case.weight[0], device=DEVICE) * 1000
     args = (case.stride, case.padding, case.dilation, case.groups)
     z, partials, rows = implicit_gemm.with_moments(x, weight, bias, args)
@@ -174,23 +115,9 @@ def test_implicit_gemm_moments(case, dtype):
 @pytest.mark.parametrize("case", [PROBLEMS[0], PROBLEMS[2], PROBLEMS[9]], ids=str)
 def test_implicit_gemm_needs_no_luck(case, order):
     """The same bits whichever warp and block runs first: every barrier is there."""
-    inputs = tensors(case, torch.randn)
+    inputs = random_numbers(case)
     for config in implicit_gemm.configs(case, CAPABILITY):
-        outputs = [order(lambda config=config: compute(case, config, *inputs)) for order in order]
-        assert torch.equal(*outputs), config
-
-
-@pytest.mark.skipif(not IN_EMULATOR, reason="compute-sanitizer does it on a GPU")
-@problems
-def test_implicit_gemm_touches_its_own_memory_alone(case):
-    """Every tensor ends where a page ends that nobody may read."""
-    inputs = tensors(case)
-    inputs = [None if t is None else fenced(t) for t in inputs]
-    for config in implicit_gemm.configs(case, CAPABILITY):
-        out = fenced(torch.empty(case.output, dtype=case.dtype).contiguous(memory_format=torch.channels_last))
-        weights = fenced(implicit_gemm.pack(inputs[1], case, config))
-        implicit_gemm.run(case, config, inputs[0], weights, *inputs[2:], out)
-        assert out.isfinite().all()
+        check_orders(order, compute, FAMILY, case, config, *inputs)
 
 
 @pytest.mark.skipif(not IN_EMULATOR, reason="tests/test_gpu_large.py does it on a GPU")
@@ -202,7 +129,7 @@ def test_implicit_gemm_beyond_two_to_the_31(monkeypatch):
     x[0, :, -1, -1] = torch.arange(8)
     weight = torch.eye(8).view(8, 8, 1, 1).half()
     for config in implicit_gemm.configs(case, CAPABILITY):
-        found = compute(case, config, x, weight, torch.ones(8), torch.zeros(8), None)
+        found = compute(FAMILY, case, config, x, weight, torch.ones(8), torch.zeros(8), None)
         assert found[0, :, -1, -1].tolist() == list(range(8)), config
     case = problem((1, 8, 16500, 16500), 8, 1)
     x, out = sparse(case.x, case.dtype), sparse(case.output, case.dtype)
@@ -217,12 +144,12 @@ def test_implicit_gemm_beyond_two_to_the_31(monkeypatch):
 
 def test_implicit_gemm_wrong_input():
     case = PROBLEMS[0]
-    x, weight, scale, shift, residual = tensors(case)
+    x, weight, scale, shift, residual = whole_numbers(case)
     weights = implicit_gemm.pack(weight, case, implicit_gemm.TILES[0])
-    geometry = (*implicit_gemm.geometry(case), case.groups)
+    where = (*geometry(case), case.groups)
     out = channels_last(torch.empty(case.output, dtype=case.dtype, device=DEVICE))
 
-    def conv(weights=weights, geometry=geometry, tile=(64, 64), sums=None):
+    def conv(weights=weights, geometry=where, tile=(64, 64), sums=None):
         torch.ops.fused_resnet_C.cuda_conv(
             x, weights, scale, shift, residual, geometry, 1, True, *tile, out, sums, None
         )
@@ -230,7 +157,7 @@ def test_implicit_gemm_wrong_input():
     for message, options in {
         "the packed weight does not fit": {"weights": weights[:, :-8].contiguous()},
         "x, weight and out must have one dtype": {"weights": weights.float()},
-        "geometry is R, S": {"geometry": geometry[:-1]},
+        "geometry is R, S": {"geometry": where[:-1]},
         "there is no tile of 96 x 64": {"tile": (96, 64)},
         "more splits than steps": {"sums": torch.empty(99, 1, 1, device=DEVICE)},
         "sums do not fit": {"sums": torch.empty(2, 1, 1, device=DEVICE)},
@@ -241,7 +168,7 @@ def test_implicit_gemm_wrong_input():
 
 def test_implicit_gemm_schema():
     case = PROBLEMS[0]
-    x, weight, scale, shift, residual = tensors(case)
+    x, weight, scale, shift, residual = whole_numbers(case)
     weights = implicit_gemm.pack(weight, case, implicit_gemm.TILES[0])
     out = channels_last(torch.empty(case.output, dtype=case.dtype, device=DEVICE))
     args = (
@@ -250,7 +177,7 @@ def test_implicit_gemm_schema():
         scale,
         shift,
         residual,
-        (*implicit_gemm.geometry(case), case.groups),
+        (*geometry(case), case.groups),
         1,
         True,
         64,

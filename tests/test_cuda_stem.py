@@ -1,10 +1,9 @@
 """csrc/cuda/stem.cu: on a GPU where there is one, else thread by thread on the CPU."""
 
-import contextlib
-
 import pytest
 import torch
 from cuda_convolutions import (
+    MODES,
     check_exact,
     check_not_finite,
     check_orders,
@@ -12,6 +11,7 @@ from cuda_convolutions import (
     compute,
     problem,
     random_numbers,
+    tf32,
     whole_numbers,
 )
 from cuda_kernels import DEVICE, IN_EMULATOR, both_orders, library, sparse
@@ -50,22 +50,12 @@ def configs(case):
     return list(dict.fromkeys([*found, found[-1]._replace(blocks=(3, *found[-1].blocks[1:]))]))
 
 
-@contextlib.contextmanager
-def tf32(allowed: bool):
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=allowed):
-        yield
-
-
-MODES = {"bf16": (torch.bfloat16, False), "fp16": (torch.float16, False)}
-MODES |= {"tf32": (torch.float32, True), "fp32": (torch.float32, False)}
-
-
 @pytest.mark.parametrize("mode", MODES)
 @problems
 def test_stem_exact(case, mode):
     case = case._replace(dtype=MODES[mode][0])
     assert not stem.unsupported(case, CAPABILITY)
-    with tf32(MODES[mode][1]):
+    with tf32(stem, MODES[mode][1]):
         check_exact(FAMILY, case, configs(case))
 
 
@@ -75,7 +65,7 @@ def test_stem_exact(case, mode):
 def test_stem_two_times(case, act, dtype):
     """fp32 without TF32: three products of TF32 parts are as good as fp32's own."""
     case = case._replace(dtype=dtype, act=act)
-    with tf32(False):
+    with tf32(stem, False):
         check_two_times(FAMILY, case, configs(case))
 
 
@@ -84,7 +74,7 @@ def test_stem_two_times(case, act, dtype):
 def test_stem_not_finite(case, mode):
     """Of the pixels beside the filter, which are in its cells, none is multiplied, not even by zero."""
     case = case._replace(dtype=MODES[mode][0], act="none", residual=False)
-    with tf32(MODES[mode][1]):
+    with tf32(stem, MODES[mode][1]):
         check_not_finite(FAMILY, case, configs(case))
 
 
@@ -96,7 +86,7 @@ def test_stem_the_largest_fp32():
     x[0, 0, 1, 1] = torch.finfo(torch.float32).max
     weight.fill_(0.5)
     for config in stem.configs(case, CAPABILITY):
-        with tf32(False):
+        with tf32(stem, False):
             out = compute(FAMILY, case, config, x, weight, scale, shift, None)
         assert out.isfinite().all()
         assert (out[0, :, 1, 1].abs() > 8e37).all()
@@ -117,7 +107,7 @@ def test_stem_wide_image():
 def test_stem_needs_no_luck(case, mode, order):
     case = case._replace(dtype=MODES[mode][0])
     inputs = random_numbers(case)
-    with tf32(MODES[mode][1]):
+    with tf32(stem, MODES[mode][1]):
         for config in configs(case):
             check_orders(order, compute, FAMILY, case, config, *inputs)
 

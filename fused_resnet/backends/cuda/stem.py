@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fused_resnet.backends.config import Config
 from fused_resnet.backends.cpu import ACT_CODES
-from fused_resnet.backends.cuda.family import Family, cdiv, geometry
-from fused_resnet.backends.plan import tf32
+from fused_resnet.backends.cuda.family import Family, cdiv, geometry, tf32_allowed
 
 NAME = "stem"
 # Output rows of a block, 16 pixels a warp's times, output channels.
@@ -98,7 +97,7 @@ def run(problem, config, x, weights, scale, shift, residual, out) -> None:
     rows, times, channels = config.blocks
     tile = (rows, _columns(problem, rows, channels), times, channels)
     torch.ops.fused_resnet_C.cuda_stem(
-        x, weights, scale, shift, residual, geometry(problem), tile, tf32(), ACT_CODES[problem.act], out
+        x, weights, scale, shift, residual, geometry(problem), tile, tf32_allowed(x), ACT_CODES[problem.act], out
     )
 
 
