@@ -1,12 +1,13 @@
 """The families of convolutions, and which of them runs a problem in which configuration."""
 
 from fused_resnet.backends.config import Kernel
+from fused_resnet.backends.cuda import implicit_gemm
 from fused_resnet.backends.cuda.family import Family
 from fused_resnet.backends.problem import Problem
 from fused_resnet.backends.tunable import in_turn
 
 # In the order in which they are asked: the special before the general.
-FAMILIES: tuple[Family, ...] = ()
+FAMILIES: tuple[Family, ...] = (implicit_gemm.FAMILY,)
 
 
 def _able(problem: Problem, capability: tuple[int, int]) -> list[Family]:
