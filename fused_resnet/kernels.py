@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
     if library is not None:
         if library["kernels"]:
             print("\n".join(table(LIBRARY_HEADER, map(_cells, library["kernels"]), right=range(2, 11))))
-        archs = args.arch or dict.fromkeys(row["architecture"] for row in library["kernels"])
-        print(f"library: {library['missing'] or summary(archs, library['kernels'])}")
+        archs = dict.fromkeys(row["architecture"] for row in library["kernels"])
+        found = summary(archs, library["kernels"]) or f"no kernels for {' '.join(_archs(args))}"
+        print(f"library: {library['missing'] or found}")
     return 0 if fit else 1
 
 
