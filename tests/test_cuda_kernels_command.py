@@ -117,7 +117,7 @@ NAMES = {
     "conv": "conv",
     "_ZN2ns1kINS_4TileILi8EEENS_1AENS1_IfEEJffEEEvv": "k<Tile<8>, A, Tile<fp32>, fp32, fp32>",
     "_ZN2ns1kIPKfS2_EEvv": "k<const fp32*, const fp32*>",
-    "_Z1kIN3c104HalfEN1f4cuda4TileILi64ELi8EEES1_S5_Lb1ELin3EEvPT_": "k<fp16, Tile<64, 8>, fp16, Tile<64, 8>, true, -3>",
+    "_Z1kIN3c104HalfEN1f4cuda4TileILi8EEES1_S5_Lb1ELin3EEvPT_": "k<fp16, Tile<8>, fp16, Tile<8>, true, -3>",
     "_Z1kIXsr3std7is_sameE": "_Z1kIXsr3std7is_sameE",  # an expression: not understood
 }
 
