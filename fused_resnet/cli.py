@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fused_resnet import kernels, predict, tune_command
 from fused_resnet._version import __version__
-from fused_resnet.backends import backend_report, use_backend
+from fused_resnet.backends import backend_report, cuda, use_backend
 from fused_resnet.backends.cpu import extension_missing
 from fused_resnet.models import list_models
 from fused_resnet.options import DTYPES, UsageError, add_model_options, build_model, calibrate, chosen_backend, positive
@@ -60,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         _command(commands, "tune", tune_command.run, "Measure every kernel for a network on this GPU; keep a plan.")
     )
     kernels.add_arguments(
-        _command(commands, "kernels", kernels.run, "Compile every kernel, without a GPU, and see that it fits.")
+        _command(
+            commands, "kernels", kernels.run, "Every kernel, without a GPU: registers, spills, and whether it fits."
+        )
     )
     return parser
 
@@ -103,6 +105,7 @@ def information() -> dict:
             **{f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())},
         },
         "extension": missing or f"loaded, kernels for {torch.ops.fused_resnet_C.cpu_capability()}",
+        "cuda kernels": cuda.architectures() or "none",
         "backends": {name: reason or "available" for name, reason in backend_report().items()},
         "models": list_models(),
     }

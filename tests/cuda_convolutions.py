@@ -19,7 +19,7 @@ MODES |= {"tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 
 def tf32(module, allowed: bool):
     """A context in which the kernels of `module` may round to TF32, or not, wherever they run."""
-    return mock.patch.object(module, "tf32_allowed", lambda x: allowed)
+    return mock.patch.object(module, "tf32_allowed", return_value=allowed)
 
 
 def problem(x, k, window=3, stride=1, padding=None, dilation=1, groups=1, residual=False, act="relu"):

@@ -17,16 +17,14 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton
-
 from fused_resnet import cli, kernels
+from fused_resnet.backends import sass
+from fused_resnet.backends.config import Config
 from fused_resnet.backends.problem import POOLED
 from fused_resnet.backends.triton import shipped
-from fused_resnet.backends.triton.launch import Config
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MISSING = [tool for tool in ("ptxas", "cuobjdump") if not (TOOLS / tool).exists()]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"this Triton comes without {' and '.join(MISSING)}")
+MISSING = [name for name in ("ptxas", "cuobjdump") if not sass.tool(name)]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} is missing")
 
 # sm_90 is the one that the kernels are made for; the others are compiled in one dtype, to save time.
 ARCHS = {"sm_80": ("bf16",), "sm_90": kernels.MODES, "sm_100": ("bf16",)}
@@ -46,7 +44,7 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 @cache
 def compiled(arch: str) -> list[dict]:
     """The rows of one architecture, compiled once a session."""
-    done = command("--arch", arch, "--quick", "--json", "--dtype", *ARCHS[arch])
+    done = command("--triton", "--arch", arch, "--quick", "--json", "--dtype", *ARCHS[arch])
     assert done.returncode in (0, 1), done.stderr[-2000:]
     return json.loads(done.stdout)["kernels"]
 

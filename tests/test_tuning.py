@@ -18,6 +18,7 @@ from fused_resnet.backends import backend_report, plan, tunable_backends
 if "triton" not in BACKEND_NAMES:
     pytest.skip(backend_report()["triton"], allow_module_level=True)
 
+from fused_resnet.backends.cuda import registry as cuda_registry
 from fused_resnet.backends.triton import registry
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -130,6 +131,7 @@ def test_tune_leaves_out_what_is_wrong(clock, monkeypatch, how):
 
     broken = tuple(map(pack, registry.FAMILIES["conv_scale_act"]))
     monkeypatch.setitem(registry.FAMILIES, "conv_scale_act", broken)
+    monkeypatch.setattr(cuda_registry, "FAMILIES", tuple(map(pack, cuda_registry.FAMILIES)))
     report = fr.tune(*unit(), most=2)
     row = report.rows[0]
     assert row.best == "reference"

@@ -4,6 +4,7 @@ The tests build the same kernels for the CPU (tests/emulator) and register them 
 """
 
 import hashlib
+import importlib
 import re
 import sys
 from functools import cache, partial
@@ -20,6 +21,7 @@ from fused_resnet.backends.cuda.training import add_act as add_act
 from fused_resnet.backends.cuda.training import add_act_backward as add_act_backward
 from fused_resnet.backends.cuda.training import bn_act as bn_act
 from fused_resnet.backends.cuda.training import bn_act_backward as bn_act_backward
+from fused_resnet.backends.cuda.training import max_pool2d as max_pool2d
 from fused_resnet.backends.cuda.training import scale_act as scale_act
 from fused_resnet.backends.layout import ready
 from fused_resnet.backends.problem import Problem
@@ -27,8 +29,11 @@ from fused_resnet.backends.tunable import capability as capability
 
 NAME = "cuda"
 
-# Operators that have one kernel; those of convolutions are in `registry`.
-OPERATORS = ("add_act", "add_act_backward", "bn_act", "scale_act")
+# Operators that have one kernel, and those that run a convolution of `registry`.
+OPERATORS = ("add_act", "add_act_backward", "bn_act", "scale_act", "max_pool2d")
+CONVOLUTIONS = ("conv_scale_act", "conv_bn_act")
+
+NO_KERNELS = "the compiled extension has no CUDA kernels; install where nvcc is: pip install --no-build-isolation ."
 
 # The operator by whose kernel for CPU tensors the tests' emulator is known.
 EMULATED = "fused_resnet_C::cuda_add_act_fwd"
@@ -42,13 +47,18 @@ def architectures() -> str:
     return "" if extension_missing() else torch.ops.fused_resnet_C.cuda_architectures()
 
 
+def library() -> Path:
+    """The compiled extension, where it is not missing."""
+    return Path(importlib.import_module("fused_resnet._C").__file__)
+
+
 @cache
 def _lacking() -> str:
     """What its kernels lack to run on a GPU."""
     if extension_missing():
         return extension_missing()
     if not architectures():
-        return "the compiled extension has no CUDA kernels; install where nvcc is: pip install --no-build-isolation ."
+        return NO_KERNELS
     if torch.version.cuda is None:
         return "this torch is built for the CPU"
     return "" if torch.cuda.is_available() else "no NVIDIA GPU is here"
@@ -84,7 +94,7 @@ def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> 
     reason = tunable.unfit(x)
     if reason or op in OPERATORS:
         return reason or _no_code(x.device)
-    if op not in ("conv_scale_act", "conv_bn_act"):
+    if op not in CONVOLUTIONS:
         return "it has no kernel for that"
     problem = Problem.of("conv_scale_act", x, weight, args, None, "none")
     return (
@@ -105,7 +115,7 @@ def _no_code(device: torch.device) -> str:
 
 def candidates(problem: Problem, device: torch.device) -> list:
     """Every kernel that can run the problem, the likeliest first; [""] for an operator that has but one."""
-    if problem.op in OPERATORS:
+    if problem.op in OPERATORS or problem.op == "conv_bn_act":
         return [""]
     return registry.candidates(problem, capability(device))
 
@@ -121,8 +131,7 @@ def trusted(problem: Problem, device: torch.device) -> bool | None:
 @cache
 def version() -> str:
     """Its architectures, and a digest of the compiled library."""
-    library = Path(sys.modules["fused_resnet._C"].__file__)
-    return f"cuda{architectures()}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}"
+    return f"cuda{architectures()}-{hashlib.sha256(library().read_bytes()).hexdigest()[:16]}"
 
 
 def convolves_by_torch(kernel: Kernel) -> bool:
@@ -162,15 +171,16 @@ def prepare_conv_scale_act_max_pool2d(x, weight, scale, shift, args, act):
 
 
 def conv_bn_act(x, weight, conv_bias, bn_weight, bn_bias, residual, args, eps, act):
-    """The general convolution takes the statistics of what it writes; behind the special ones they are a pass more."""
+    """The general convolution takes the moments of what it writes; behind the special ones they are a pass more."""
     family = candidates(Problem.of("conv_scale_act", x, weight, args, None, "none"), x.device)[0].family
+    x, residual, after = ready(x), ready(residual), (bn_weight, bn_bias, residual, eps, act)
     if family is implicit_gemm.FAMILY:
-        z, *moments = implicit_gemm.with_moments(ready(x), weight, conv_bias, args)
-        y, mean, var = training.finish_bn_act(z, *moments, bn_weight, bn_bias, residual, eps, act)
-        return y, z, mean, var
-    ones = torch.ones(weight.shape[0], device=x.device)
-    z = conv_scale_act(x, weight, ones, 0 * ones if conv_bias is None else conv_bias, None, args, "none")
-    y, mean, var = training.bn_act(z, bn_weight, bn_bias, residual, eps, act)
+        z, partials, tile = implicit_gemm.with_moments(x, weight, conv_bias, args)
+        y, mean, var = training.finish_bn_act(z, partials, tile, *after)
+    else:
+        ones = torch.ones(weight.shape[0], device=x.device)
+        z = conv_scale_act(x, weight, ones, 0 * ones if conv_bias is None else conv_bias, None, args, "none")
+        y, mean, var = training.bn_act(z, *after)
     return y, z, mean, var
 
 

@@ -1,9 +1,6 @@
 """Kernels compiled ahead of time, without a GPU: what the compiler made of a launch."""
 
-import re
-import subprocess
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import triton
@@ -12,9 +9,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_resnet.backends import sass
 from fused_resnet.backends.triton.launch import Launch, shared_memory
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
@@ -30,6 +26,7 @@ class Compiled(NamedTuple):
     tma: int
     cp_async: int
     wide_loads: int  # of 16 bytes, from global memory
+    wide_stores: int
 
     def fits(self, capability: tuple[int, int]) -> bool:
         """Whether a block fits the device, with all in registers."""
@@ -77,28 +74,8 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Compiled:
 
 
 def _inspect(kernel) -> Compiled:
-    usage, sass = (_cuobjdump(option, kernel.asm["cubin"]) for option in ("-res-usage", "--dump-sass"))
-    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
-
-    def count(pattern: str) -> int:
-        return len(re.findall(pattern, sass))
-
-    return Compiled(
-        registers=int(found[1]),
-        # The stack, where anything goes there: ptxas also reserves some that no instruction uses.
-        spill_bytes=int(found[2]) + int(found[3]) if count(r"\b(?:LDL|STL)\b") else 0,
-        shared_bytes=kernel.metadata.shared,
-        wgmma=count(r"\bHGMMA\b|\bUTC\w*MMA\b"),
-        mma=count(r"\bHMMA\b"),
-        tma=count(r"\bUTMALDG\b|\bUTMASTG\b"),
-        cp_async=count(r"\bLDGSTS\b"),
-        wide_loads=count(r"\bLDG\S*\.128\b"),
-    )
-
-
-def _cuobjdump(option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(kernel.asm["cubin"])
         file.flush()
-        command = [str(TOOLS / "cuobjdump"), option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = sass.numbers(*(sass.cuobjdump(option, file.name) for option in ("-res-usage", "-sass")))
+    return Compiled(**found | {"shared_bytes": kernel.metadata.shared})
