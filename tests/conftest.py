@@ -63,16 +63,6 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _no_tf32(request):
-    """The emulated kernels are compared with the CPU's own, which know no TF32."""
-    from devices import full_fp32
-
-    spec = getattr(request.node, "callspec", None)
-    emulated = spec is not None and spec.params.get("backend") == "cuda" and not torch.cuda.is_available()
-    yield from full_fp32() if emulated else (None,)
-
-
 def pytest_collection_modifyitems(config, items):
     if torch.cuda.is_available():
         return

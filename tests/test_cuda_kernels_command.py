@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -113,29 +112,19 @@ def test_bad_usage_exits_with_2(library, monkeypatch, capsys):
 
 
 NAMES = {
-    "_Z1kv": "k",
     "conv": "conv",
-    "_ZN2ns1kINS_4TileILi8EEENS_1AENS1_IfEEJffEEEvv": "k<Tile<8>, A, Tile<fp32>, fp32, fp32>",
-    "_ZN2ns1kIPKfS2_EEvv": "k<const fp32*, const fp32*>",
-    "_Z1kIN3c104HalfEN1f4cuda4TileILi8EEES1_S5_Lb1ELin3EEvPT_": "k<fp16, Tile<8>, fp16, Tile<8>, true, -3>",
-    "_Z1kIXsr3std7is_sameE": "_Z1kIXsr3std7is_sameE",  # an expression: not understood
+    "_ZN12fused_resnet4cuda12_GLOBAL__N_118add_act_fwd_kernelIN3c108BFloat16ELi8ELi1EEEvPKT_S6_PS4_l": (
+        "add_act_fwd_kernel<bf16, 8, 1>"
+    ),
+    "_ZN12fused_resnet4cuda6kernelIfLNS0_8ProductsE2ELb1EEEvT_": "kernel<fp32, 2, true>",
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_names_are_readable(name):
-    assert compiled.demangled(name) == NAMES[name]
+@pytest.mark.skipif(not shutil.which("c++filt"), reason="no c++filt is here: names stay as they are")
+def test_names_are_readable():
+    assert compiled.readable(list(NAMES)) == list(NAMES.values())
 
 
-def test_kernels_of_this_library():
-    """Where it has some: their names are read, and nothing spills."""
-    if not cuda.architectures() or not sass.tool("cuobjdump"):
-        pytest.skip("the compiled extension has no CUDA kernels, or there is no cuobjdump")
-    rows = compiled.kernels(cuda.library())
-    assert not [row for row in rows if not row["fits"]]
-    assert not [row for row in rows if row["kernel"].startswith("_Z")]
-    if shutil.which("c++filt"):
-        text = sass.cuobjdump("-res-usage", cuda.library())
-        for name in compiled.FUNCTION.findall(text)[:50]:
-            full = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-            assert compiled.demangled(name).partition("<")[0] in full
+def test_names_without_a_demangler_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert compiled.readable(list(NAMES)) == list(NAMES)

@@ -3,6 +3,7 @@
 The operators `fused_resnet_C::cuda_*` then take CPU tensors: every kernel runs as it stands, thread by thread.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -63,7 +64,9 @@ def load() -> str:
     (OUT / "build.ninja").write_text(_ninja_file(), encoding="utf-8")
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     ninja = [sys.executable, "-m", "ninja", "-C", str(OUT), "-j", jobs]
-    built = subprocess.run(ninja, capture_output=True, text=True, check=False)
+    with open(OUT / "lock", "w") as lock:  # against a second run of the tests
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        built = subprocess.run(ninja, capture_output=True, text=True, check=False)
     if built.returncode:
         raise RuntimeError(f"the kernels do not compile for the CPU:\n{built.stdout[-6000:]}{built.stderr[-2000:]}")
     torch.ops.load_library(OUT / _name())
