@@ -8,9 +8,8 @@ namespace {
 
 // out = act((x - mean) * scale + shift + residual); bit e of mask[access] is set where the gradient of element e
 // passes.
-template <class T, int kN, int kAct>
-__global__ void __launch_bounds__(RowGrid::kThreads, kAct == kNone ? 3 : 2)
-    bn_apply_kernel(BnArgs<T> in, RowGrid grid) {
+template <class T, int kN, int kAct, bool kResidual>
+__global__ void __launch_bounds__(RowGrid::kThreads, kResidual ? 2 : 3) bn_apply_kernel(BnArgs<T> in, RowGrid grid) {
   const RowTile tile(grid, kN, true);
   if (!tile.inside) return;
   const Affine<kN> affine(in, tile);
@@ -21,7 +20,7 @@ __global__ void __launch_bounds__(RowGrid::kThreads, kAct == kNone ? 3 : 2)
     for (int i = 0; i < kRows; ++i) {
       const std::int64_t at = (row + i * tile.lines) * grid.channels + tile.channel;
       x[i] = load_pack<T, kN>(in.x + at);
-      if (in.residual) residual[i] = load_pack<T, kN>(in.residual + at);
+      if constexpr (kResidual) residual[i] = load_pack<T, kN>(in.residual + at);
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -30,11 +29,11 @@ __global__ void __launch_bounds__(RowGrid::kThreads, kAct == kNone ? 3 : 2)
 #pragma unroll
       for (int e = 0; e < kN; ++e) {
         v[e] = affine(e, widen(x[i], e));
-        if (in.residual) v[e] += widen(residual[i], e);
+        if constexpr (kResidual) v[e] += widen(residual[i], e);
         v[e] = limited_activate<kAct>(v[e], in.limits);
       }
       const auto out = narrow<T>(v);
-      store_pack(in.out + at, out);
+      store_global(in.out + at, out);
       if (!in.mask) continue;
       unsigned bits = 0;
 #pragma unroll
@@ -73,7 +72,8 @@ void apply(const Tensor& x, const std::optional<Tensor>& residual, const std::op
       in.mask = mask_bytes(mask, x, width(), act);
       const RowGrid grid(x.numel() / x.size(1), x.size(1), width());
       with_limited_act(act, [&](auto code) {
-        launch(bn_apply_kernel<T, width(), code()>, grid.blocks(), RowGrid::kThreads, 0, in, grid);
+        launch(residual ? bn_apply_kernel<T, width(), code(), true> : bn_apply_kernel<T, width(), code(), false>,
+               grid.blocks(), RowGrid::kThreads, 0, in, grid);
       });
     });
   });

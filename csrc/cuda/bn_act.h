@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(RowGrid::kThreads, kSlope == Slope::kOne ? 3 :
         sums[e] += g[e];
         sums[kN + e] += g[e] * a[i].centred(e, affine);
       }
-      if (in.dresidual) store_pack(in.dresidual + (row + i * tile.lines) * grid.channels + tile.channel, narrow<T>(g));
+      if (in.dresidual)
+        store_global(in.dresidual + (row + i * tile.lines) * grid.channels + tile.channel, narrow<T>(g));
     }
   });
   merge_lines(tile, sums, [](float (&own)[2 * kN], const float (&other)[2 * kN], int) {
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(RowGrid::kThreads, kSlope == Slope::kOne ? 3 :
 #pragma unroll
       for (int e = 0; e < kN; ++e)
         dx[e] = batch_norm_grad(a[i].g(e, in, affine), a[i].centred(e, affine), affine.scale[e], mean_g[e], slope[e]);
-      store_pack(in.out + (row + i * tile.lines) * grid.channels + tile.channel, narrow<T>(dx));
+      store_global(in.out + (row + i * tile.lines) * grid.channels + tile.channel, narrow<T>(dx));
     }
   });
 }

@@ -146,6 +146,23 @@ FUSED_RESNET_DEVICE void store_pack(T* pointer, const Pack<T, kN>& pack) {
   *reinterpret_cast<Pack<T, kN>*>(pointer) = pack;
 }
 
+// The same to global memory, where one instruction is to do it: the compiler may take an assignment apart into a store
+// for each element.
+template <class T, int kN>
+FUSED_RESNET_DEVICE void store_global(T* pointer, const Pack<T, kN>& pack) {
+#if !defined(FUSED_RESNET_EMULATED)
+  if constexpr (sizeof(pack) == 16) {
+    uint4 words;
+    memcpy(&words, &pack, sizeof(words));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(pointer)), "r"(words.x),
+                 "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+    return;
+  }
+#endif
+  store_pack(pointer, pack);
+}
+
 // Elements of T in the widest access.
 template <class T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));

@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(RowGrid::kThreads, 2)
         for (int s = first_s; s < pool.s && w + s < pool.w; ++s)
           take(load(r, s), r * pool.s + s);
     }
-    store_pack(in.out + row * grid.channels + tile.channel, narrow<T>(best));
-    if (argmax) store_pack(argmax + row * grid.channels + tile.channel, taken);
+    store_global(in.out + row * grid.channels + tile.channel, narrow<T>(best));
+    if (argmax) store_global(argmax + row * grid.channels + tile.channel, taken);
   });
 }
 
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(RowGrid::kThreads)
     max_pool_bwd_kernel(T* dx, PooledGradient<T, kN, kCover> source, RowGrid grid) {
   const RowTile tile(grid, kN);
   for_rows<1>(tile, [&](std::int64_t row, auto) {
-    store_pack(dx + row * grid.channels + tile.channel, narrow<T>(source.load(tile, grid, row).sum));
+    store_global(dx + row * grid.channels + tile.channel, narrow<T>(source.load(tile, grid, row).sum));
   });
 }
 

@@ -119,7 +119,7 @@ FUSED_RESNET_DEVICE void store_channels(float* vector, const float (&values)[kN]
 #pragma unroll
     for (int e = 0; e < kPack; ++e)
       pack.data[e] = values[i + e];
-    store_pack(vector + i, pack);
+    store_global(vector + i, pack);
   }
 }
 

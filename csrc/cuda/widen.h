@@ -11,7 +11,8 @@ template <class T, int kN>
 FUSED_RESNET_DEVICE float widen(const Pack<T, kN>& pack, int e) {
 #if !defined(FUSED_RESNET_EMULATED)
   if constexpr (std::is_same_v<T, Bf16> && kN % 2 == 0) {
-    const std::uint32_t two = reinterpret_cast<const std::uint32_t*>(pack.data)[e / 2];
+    std::uint32_t two;
+    memcpy(&two, &pack.data[e / 2 * 2], sizeof(two));
     return as_float(e % 2 ? two & 0xffff0000u : two << 16);
   }
 #endif
@@ -31,7 +32,7 @@ FUSED_RESNET_DEVICE Pack<T, kN> narrow(const float (&values)[kN]) {
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(two) : "f"(values[e + 1]), "f"(values[e]));
       else
         asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(two) : "f"(values[e + 1]), "f"(values[e]));
-      reinterpret_cast<std::uint32_t*>(pack.data)[e / 2] = two;
+      memcpy(&pack.data[e], &two, sizeof(two));
     }
     return pack;
   }
