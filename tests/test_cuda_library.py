@@ -16,7 +16,15 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "it is there")
 
 # What multiplies has to do it by tensor cores; what only moves has to do it 16 bytes at a time, where it may.
 CONVOLUTIONS = ("implicit_gemm_kernel", "stem_kernel")
-STREAMS = ("add_act_fwd_kernel", "add_act_bwd_kernel", "bn_", "scale_act", "max_pool", "depthwise")
+STREAMS = (
+    "add_act_fwd_kernel",
+    "add_act_bwd_kernel",
+    "bn_reduce",
+    "bn_input_grad",
+    "bn_stats",
+    "max_pool",
+    "depthwise",
+)
 OPERATORS = sorted(
     name
     for name in torch._C._dispatch_get_all_op_names()
@@ -102,7 +110,7 @@ def test_operators_on_fake_tensors():
     import fused_resnet as fr
 
     with FakeTensorMode():
-        x = torch.empty(2, 8, 6, 6, device="cuda").contiguous(memory_format=torch.channels_last)
+        x = torch.empty((2, 8, 6, 6), device="cuda", memory_format=torch.channels_last)
         weight, vector = torch.empty(16, 8, 3, 3, device="cuda"), torch.empty(16, device="cuda")
         y = fr.ops.conv_scale_act(x, weight, vector, vector, padding=1, stride=2)
         assert (y.shape, y.device.type) == ((2, 16, 3, 3), "cuda")

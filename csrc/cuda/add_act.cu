@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
           const float sum = static_cast<float>(a[v].data[e]) + static_cast<float>(b[v].data[e]);
           out.data[e] = static_cast<T>(activate<kAct>(sum));
         }
-        store_pack(y + i, out);
+        store_global(y + i, out);
       });
 }
 
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
           if constexpr (!kFromOutput) at += static_cast<float>(b[v].data[e]);
           out.data[e] = static_cast<T>(activate_grad<kAct>(static_cast<float>(g[v].data[e]), at));
         }
-        store_pack(dx + i, out);
+        store_global(dx + i, out);
       });
 }
 

@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(RowGrid::kThreads, kResidual ? 2 : 3) bn_apply
   const Affine<kN> affine(in, tile);
   for_rows<RowGrid::kAtOnce>(tile, [&](std::int64_t row, auto at_once) {
     constexpr int kRows = at_once();
-    Pack<T, kN> x[kRows], residual[kRows];
+    Pack<T, kN> x[kRows];
+    [[maybe_unused]] Pack<T, kN> residual[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const std::int64_t at = (row + i * tile.lines) * grid.channels + tile.channel;

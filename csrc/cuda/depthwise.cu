@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
       for (int u = 0; u < kColumns; ++u) {
         float (&sum)[kN] = sums[phase][u];
         if (at.column + u < conv.q)
-          store_pack(out + to + static_cast<std::int64_t>(u) * conv.channels,
-                     finish<T>(sum, scale, shift, residuals[u], act));
+          store_global(out + to + static_cast<std::int64_t>(u) * conv.channels,
+                       finish<T>(sum, scale, shift, residuals[u], act));
 #pragma unroll
         for (int e = 0; e < kN; ++e)
           sum[e] = 0.0f;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 8)
   const std::int64_t to = pixel * conv.channels + at.c;
   Raw<T, kN> added;
   if (residual) added.load(residual + to);
-  store_pack(out + to, finish<T>(sum, scale, shift, added, act));
+  store_global(out + to, finish<T>(sum, scale, shift, added, act));
 }
 
 // out[i, h, w, c] = sum of grad[i, p, q, c] w[r, s, c] over all p, q, r, s with 2 * p + r - pad = h and 2 * q + s - pad
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
         for (int e = 0; e < kN; ++e)
           rounded.data[e] = static_cast<T>(sum[e]);
         const std::int64_t pixel = (static_cast<std::int64_t>(at.image) * conv.h + h) * conv.w + v;
-        store_pack(out + pixel * conv.channels + at.c, rounded);
+        store_global(out + pixel * conv.channels + at.c, rounded);
       }
     }
   }

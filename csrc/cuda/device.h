@@ -158,6 +158,13 @@ FUSED_RESNET_DEVICE void store_global(T* pointer, const Pack<T, kN>& pack) {
                  "r"(words.y), "r"(words.z), "r"(words.w)
                  : "memory");
     return;
+  } else if constexpr (sizeof(pack) == 8) {
+    uint2 words;
+    memcpy(&words, &pack, sizeof(words));
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};\n" ::"l"(__cvta_generic_to_global(pointer)), "r"(words.x),
+                 "r"(words.y)
+                 : "memory");
+    return;
   }
 #endif
   store_pack(pointer, pack);

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int e = 0; e < kN; ++e)
     y.data[e] = static_cast<T>(total.data[e]);
-  store_pack(out + at, y);
+  store_global(out + at, y);
 }
 
 ConvShape shape_of(const Tensor& x, const Tensor& weight, const Tensor& out,

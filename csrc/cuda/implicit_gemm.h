@@ -222,7 +222,7 @@ class Output {
     for_chunks(-1, [&](T* from, std::int64_t at, int count) {
       const auto chunk = load_pack<T, kElements>(from);
       if (wide()) {
-        store_pack(out + at, chunk);
+        store_global(out + at, chunk);
       } else {
 #pragma unroll
         for (int e = 0; e < kElements; ++e)
@@ -407,7 +407,7 @@ __global__ void __launch_bounds__(Tile::kThreads, blocks_per_sm<A, Tile, kAligne
     for_pairs([&](const float* d, int row, int column) {
       if (row >= tile.rows()) return;
       if (column + 1 < tile.columns() && g.k % 2 == 0 && g.group_k() % 2 == 0) {
-        store_pack(sums + tile.at(row, column), Pack<float, 2>{d[0], d[1]});
+        store_global(sums + tile.at(row, column), Pack<float, 2>{d[0], d[1]});
       } else {
         for (int e = 0; e < 2; ++e)
           if (column + e < tile.columns()) sums[tile.at(row, column + e)] = d[e];

@@ -205,7 +205,7 @@ FUSED_RESNET_DEVICE void write(float (&v)[kGroups][2][kWide<T>], const float* sc
       for (int e = 0; e < kV; ++e)
         rounded.data[e] = static_cast<T>(v[group][half][e]);
       if (wide) {
-        store_pack(out + to[half] + k, rounded);
+        store_global(out + to[half] + k, rounded);
       } else {
 #pragma unroll
         for (int e = 0; e < kV; ++e)

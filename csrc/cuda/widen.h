@@ -19,27 +19,36 @@ FUSED_RESNET_DEVICE float widen(const Pack<T, kN>& pack, int e) {
   return static_cast<float>(pack.data[e]);
 }
 
+#if !defined(FUSED_RESNET_EMULATED)
+template <class T>
+FUSED_RESNET_DEVICE std::uint32_t narrow_two(float low, float high) {
+  std::uint32_t two;
+  if constexpr (std::is_same_v<T, Bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(two) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(two) : "f"(high), "f"(low));
+  return two;
+}
+#endif
+
 // Rounds to the nearest T, ties to even.
 template <class T, int kN>
 FUSED_RESNET_DEVICE Pack<T, kN> narrow(const float (&values)[kN]) {
   Pack<T, kN> pack;
-#if !defined(FUSED_RESNET_EMULATED)
-  if constexpr (!std::is_same_v<T, float> && kN % 2 == 0) {
-#pragma unroll
-    for (int e = 0; e < kN; e += 2) {
-      std::uint32_t two;
-      if constexpr (std::is_same_v<T, Bf16>)
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(two) : "f"(values[e + 1]), "f"(values[e]));
-      else
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(two) : "f"(values[e + 1]), "f"(values[e]));
-      memcpy(&pack.data[e], &two, sizeof(two));
-    }
-    return pack;
-  }
+#if defined(FUSED_RESNET_EMULATED)
+  constexpr bool kTwo = false;
+#else
+  constexpr bool kTwo = !std::is_same_v<T, float> && kN % 2 == 0;
 #endif
 #pragma unroll
-  for (int e = 0; e < kN; ++e)
-    pack.data[e] = static_cast<T>(values[e]);
+  for (int e = 0; e < kN; e += kTwo ? 2 : 1) {
+    if constexpr (kTwo) {
+      const std::uint32_t two = narrow_two<T>(values[e], values[e + 1]);
+      memcpy(&pack.data[e], &two, sizeof(two));
+    } else {
+      pack.data[e] = static_cast<T>(values[e]);
+    }
+  }
   return pack;
 }
 
