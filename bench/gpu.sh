@@ -67,9 +67,9 @@ print(f"{major}.{minor}" + ("a" if major >= 9 else ""))')
 parity() {
     local code=0
     "$PYTHON" -m pytest -q -m "$marker" -p no:cacheprovider tests/test_gpu_*.py || code=$?
-    # Kernel by kernel: compiled on a GPU; in Triton's interpreter, as everywhere else, without one.
+    # Kernel by kernel: compiled on a GPU; without one in Triton's interpreter and in the emulator, as everywhere else.
     [[ $DEVICE != cuda ]] || "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider \
-        tests/test_triton{,_stem,_grouped,_depthwise}.py || code=$?
+        tests/test_cuda_*.py tests/test_triton{,_stem,_grouped,_depthwise}.py || code=$?
     return $code
 }
 

@@ -15,6 +15,15 @@ from fused_resnet.backends import cpu
 ROOT = Path(__file__).parent.parent
 WARNING = "*** fused_resnet: the compiled extension is not built: "
 
+MODULE = """
+#include <Python.h>
+#include "module.h"
+extern "C" PyObject* PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}
+"""
+
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in a checkout, not beside an install")
 
 
@@ -81,6 +90,53 @@ def test_build_with_a_compiler_that_fails_later(checkout, tmp_path):
     assert found.stderr.count(WARNING) == 1
     assert "the build failed" in found.stderr
     assert libraries == []
+
+
+def small_checkout(checkout, tmp_path):
+    """A checkout of one C++ and one CUDA source, which include one header."""
+    small = tmp_path / "small"
+    (small / "csrc" / "cuda").mkdir(parents=True)
+    (small / "csrc" / "module.h").write_text("")
+    (small / "csrc" / "module.cpp").write_text(MODULE)
+    (small / "csrc" / "cuda" / "kernels.cu").write_text('#include "module.h"\n')
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fused_resnet"):
+        (small / name).symlink_to(checkout / name)
+    return small
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc is here")
+def test_build_compiles_what_has_changed(checkout, tmp_path):
+    small = small_checkout(checkout, tmp_path)
+
+    def compiled():
+        found, _ = build(small, tmp_path, TORCH_CUDA_ARCH_LIST="8.0", FUSED_RESNET_FORCE_CUDA="1")
+        assert found.returncode == 0, found.stderr
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "temp").rglob("*.o")}
+
+    first = compiled()
+    assert set(first) == {"module.o", "kernels.o"}
+    assert compiled() == first
+    (small / "csrc" / "module.h").write_text("// changed\n")
+    changed = compiled()
+    assert all(changed[name] > first[name] for name in first)
+
+
+def test_build_with_an_nvcc_that_fails(checkout, tmp_path):
+    """An old one, say: the kernels for the CPU are built all the same, unless CUDA was asked for."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler is here")
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\necho "Unsupported gpu architecture" >&2\nexit 1\n')
+    nvcc.chmod(0o755)
+    small = small_checkout(checkout, tmp_path)
+    found, libraries = build(small, tmp_path, CUDA_HOME=str(nvcc.parent.parent), TORCH_CUDA_ARCH_LIST="8.0")
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("fused_resnet: no CUDA kernels in this build: the build failed (") == 1
+    assert WARNING not in found.stderr
+    assert libraries == ["_C.abi3.so"]
+    found, _ = build(small, tmp_path, CUDA_HOME=str(nvcc.parent.parent), FUSED_RESNET_FORCE_CUDA="1")
+    assert found.returncode != 0
 
 
 def test_build_force_cuda_without_nvcc_is_an_error(checkout, tmp_path):

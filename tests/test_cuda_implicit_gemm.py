@@ -189,6 +189,12 @@ def test_implicit_gemm_schema():
     torch.library.opcheck(torch.ops.fused_resnet_C.cuda_conv.default, args, test_utils="test_schema")
 
 
+def test_implicit_gemm_fits_the_shared_memory():
+    case = problem((256, 64, 56, 56), 64)
+    small, large = (implicit_gemm.configs(case, capability) for capability in ((8, 6), (9, 0)))
+    assert {config.blocks[:2] for config in large} - {config.blocks[:2] for config in small} == {(256, 64)}
+
+
 def test_implicit_gemm_refuses_images_beyond_16_bits():
     assert "32767" in implicit_gemm.unsupported(problem((1, 8, 1, 40000), 8, 1), CAPABILITY)
     assert "8.0" in implicit_gemm.unsupported(PROBLEMS[0], (7, 5))

@@ -174,6 +174,10 @@ FUSED_RESNET_DEVICE void store_global(T* pointer, const Pack<T, kN>& pack) {
 template <class T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));
 
+FUSED_RESNET_HOST_DEVICE bool is_finite(float value) {
+  return value - value == 0.0f;
+}
+
 FUSED_RESNET_HOST_DEVICE constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
 }

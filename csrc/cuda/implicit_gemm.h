@@ -9,6 +9,7 @@
 
 #include "cuda/implicit_gemm_plan.h"
 #include "cuda/launch.h"
+#include "cuda/products.h"
 #include "cuda/tile_moments.h"
 
 namespace fused_resnet::cuda {
@@ -25,47 +26,30 @@ struct ConvArgs {
   int act;
 };
 
-// How elements are multiplied.
-enum class Products { kHalf, kTf32, kFp32 };
-
+// How elements of T are multiplied.
 template <class T, Products kProducts_>
 struct Arithmetic {
   using Element = T;
   static constexpr Products kProducts = kProducts_;
 };
 
-// acc += a * b for one fragment a and kN fragments b. Full fp32 is the sum of a TF32 and what that leaves of it; three
-// of the four products of two such sums are taken, the small ones first. Tensor cores cut their sums off instead of
-// rounding them (Fasi et al. 2021, doi 10.7717/peerj-cs.330), which over a deep sum costs digits: a long one is added
-// up outside of them (Ootomo & Yokota 2022, arXiv:2203.03341).
+// acc += a * b for one fragment a and kN fragments b.
 template <class A, int kN>
 FUSED_RESNET_DEVICE void multiply(float (&acc)[kN][4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[kN][2]) {
-  if constexpr (A::kProducts == Products::kHalf) {
+  [[maybe_unused]] std::uint32_t high[4], low[4];
+  if constexpr (A::kProducts != Products::kHalf) {
 #pragma unroll
-    for (int j = 0; j < kN; ++j)
+    for (int i = 0; i < 4; ++i)
+      high[i] = high_part(a[i]), low[i] = low_part(a[i]);
+  }
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    if constexpr (A::kProducts == Products::kHalf)
       mma<typename A::Element>(acc[j], a, b[j][0], b[j][1]);
-  } else {
-    std::uint32_t high[4], low[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      high[i] = to_tf32(as_float(a[i]));
-      low[i] = to_tf32(as_float(a[i]) - as_float(high[i]));
-    }
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      const std::uint32_t b0 = to_tf32(as_float(b[j][0])), b1 = to_tf32(as_float(b[j][1]));
-      if constexpr (A::kProducts == Products::kFp32) {
-        float sum[4] = {};
-        mma_tf32(sum, low, b0, b1);
-        mma_tf32(sum, high, to_tf32(as_float(b[j][0]) - as_float(b0)), to_tf32(as_float(b[j][1]) - as_float(b1)));
-        mma_tf32(sum, high, b0, b1);
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          acc[j][e] += sum[e];
-      } else {
-        mma_tf32(acc[j], high, b0, b1);
-      }
-    }
+    else if constexpr (A::kProducts == Products::kTf32)
+      mma_tf32(acc[j], high, high_part(b[j][0]), high_part(b[j][1]));
+    else
+      mma_fp32(acc[j], high, low, b[j][0], b[j][1]);
   }
 }
 
@@ -386,7 +370,7 @@ __global__ void __launch_bounds__(Tile::kThreads, blocks_per_sm<A, Tile, kAligne
   bool plain = false;
   if constexpr (A::kProducts == Products::kFp32) {
     for_pairs([&](const float* d, int, int) {
-      if (!TileMoments::finite(d[0] + d[1])) *flag = 1;
+      if (!is_finite(d[0] + d[1])) *flag = 1;
     });
     __syncthreads();
     plain = *flag != 0;

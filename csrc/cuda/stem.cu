@@ -7,6 +7,7 @@
 #include "cuda/affine.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/products.h"
 
 namespace fused_resnet::cuda {
 namespace {
@@ -14,9 +15,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kCell = 8;  // elements of K that an address holds for: half an mma of 16 bits, a whole one of TF32
-
-// How fp32 is multiplied: rounded to TF32, or as the sum of three products of high and low parts.
-enum class Products { kRounded, kSplit };
 
 // x [N, H, W, C], out [N, P, Q, K], and the tile of a block: `rows` by `columns` pixels and the channels of a chunk.
 struct Stem {
@@ -99,41 +97,27 @@ FUSED_RESNET_DEVICE void copy_rows(T* rows, const T* image, const Stem& conv, in
   }
 }
 
-// sums += a b over one cell (fp32) or two (16 bits), of kM times 16 pixels and two times 8 channels. Split, the small
-// products go first and low times low is below fp32; tensor cores cut off instead of rounding, so that the sum over all
-// cells is taken outside of them.
+// sums += a b over one cell (fp32) or two (16 bits), of kM times 16 pixels and two times 8 channels.
 template <class T, Products kProducts, int kM>
 FUSED_RESNET_DEVICE void multiply(float (&sums)[kM][2][4], const std::uint32_t (&a)[kM][4],
                                   const Pack<std::uint32_t, 4>& b) {
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const std::uint32_t b0 = b.data[2 * n], b1 = b.data[2 * n + 1];
-    if constexpr (sizeof(T) == 2) {
+  for (int m = 0; m < kM; ++m) {
+    [[maybe_unused]] std::uint32_t high[4], low[4];
+    if constexpr (kProducts != Products::kHalf) {
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
+      for (int i = 0; i < 4; ++i)
+        high[i] = high_part(a[m][i]), low[i] = low_part(a[m][i]);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const std::uint32_t b0 = b.data[2 * n], b1 = b.data[2 * n + 1];
+      if constexpr (kProducts == Products::kHalf)
         mma<T>(sums[m][n], a[m], b0, b1);
-    } else {
-      const auto low = [](std::uint32_t bits) { return to_tf32(as_float(bits) - as_float(to_tf32(as_float(bits)))); };
-      const std::uint32_t high0 = to_tf32(as_float(b0)), high1 = to_tf32(as_float(b1));
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        std::uint32_t high[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          high[i] = to_tf32(as_float(a[m][i]));
-        if constexpr (kProducts == Products::kSplit) {
-          const std::uint32_t lows[4] = {low(a[m][0]), low(a[m][1]), low(a[m][2]), low(a[m][3])};
-          float sum[4] = {};
-          mma_tf32(sum, lows, high0, high1);
-          mma_tf32(sum, high, low(b0), low(b1));
-          mma_tf32(sum, high, high0, high1);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            sums[m][n][i] += sum[i];
-        } else {
-          mma_tf32(sums[m][n], high, high0, high1);
-        }
-      }
+      else if constexpr (kProducts == Products::kTf32)
+        mma_tf32(sums[m][n], high, high_part(b0), high_part(b1));
+      else
+        mma_fp32(sums[m][n], high, low, b0, b1);
     }
   }
 }
@@ -313,9 +297,9 @@ __global__ void __launch_bounds__(kThreads, kM == 4 || sizeof(T) == 4 ? 2 : 4)
           for (int e = 0; e < kV; ++e) {
             const int tile = group * kV / 2 + e / 2;
             v[group][half][e] = sums[tile / 2][m][tile % 2][2 * half + e % 2];
-            finite &= v[group][half][e] - v[group][half][e] == 0.0f;
+            finite &= is_finite(v[group][half][e]);
           }
-          if constexpr (sizeof(T) == 4 && kProducts == Products::kSplit)
+          if constexpr (kProducts == Products::kFp32)
             if (!finite) sum_plainly(v[group][half], rows + at[m][half], weights, conv, kPairs, group * kV / 2, lane);
         }
       }
@@ -369,15 +353,14 @@ void stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, std::optional<Ten
              static_cast<T*>(out.mutable_data_ptr()), conv, vector);
     };
     const auto with_pairs = [&](auto pairs) {
-      constexpr auto kRounded = Products::kRounded;
       if constexpr (sizeof(T) == 4)
-        tf32 ? run(stem_kernel<T, kRounded, pairs(), 2, false>)
-             : run(stem_kernel<T, Products::kSplit, pairs(), 2, false>);
+        tf32 ? run(stem_kernel<T, Products::kTf32, pairs(), 2, false>)
+             : run(stem_kernel<T, Products::kFp32, pairs(), 2, false>);
       else if (conv.stride[1] * conv.c % 2)
-        run(stem_kernel<T, kRounded, pairs(), 2, true>);
+        run(stem_kernel<T, Products::kHalf, pairs(), 2, true>);
       else
-        tile[2] == 4 ? run(stem_kernel<T, kRounded, pairs(), 4, false>)
-                     : run(stem_kernel<T, kRounded, pairs(), 2, false>);
+        tile[2] == 4 ? run(stem_kernel<T, Products::kHalf, pairs(), 4, false>)
+                     : run(stem_kernel<T, Products::kHalf, pairs(), 2, false>);
     };
     STD_TORCH_CHECK(channels == 32 || channels == 64, "a tile has 32 or 64 channels");
     channels == 32 ? with_pairs(std::integral_constant<int, 2>{}) : with_pairs(std::integral_constant<int, 4>{});

@@ -13,7 +13,7 @@ struct TileMoments {
   // Of x = centre + d, where d has this mean and M2.
   FUSED_RESNET_HOST_DEVICE static TileMoments about(float centre, float count, float mean, float m2) {
     TileMoments moments{count, centre + mean, 0.0f, m2};
-    moments.low = finite(moments.high) ? mean - (moments.high - centre) : 0.0f;
+    moments.low = is_finite(moments.high) ? mean - (moments.high - centre) : 0.0f;
     return moments;
   }
 
@@ -24,11 +24,9 @@ struct TileMoments {
     float moved = 0.0f;
     weights.merge(moved, m2, (other.high - high) + (other.low - low), other.m2);
     high = before + (low + moved);
-    low = finite(high) ? (before - high) + (low + moved) : 0.0f;
+    low = is_finite(high) ? (before - high) + (low + moved) : 0.0f;
     count += other.count;
   }
-
-  FUSED_RESNET_HOST_DEVICE static bool finite(float value) { return value - value == 0.0f; }
 };
 
 // The moments of rows at(0), ..., at(count - 1), taken of their differences to the first, which cancel nothing. Where
@@ -41,7 +39,7 @@ FUSED_RESNET_HOST_DEVICE TileMoments moments_of(int count, const At& at) {
   for (int i = 1; i < count; ++i)
     sum += at(i) - centre;
   const float mean = sum * inverse;
-  if (!TileMoments::finite(mean)) {
+  if (!is_finite(mean)) {
     float plain = 0.0f;
     for (int i = 0; i < count; ++i)
       plain += at(i);

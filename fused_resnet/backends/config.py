@@ -1,6 +1,22 @@
-"""A kernel's configuration, by whose name plans know it."""
+"""A kernel's configuration, by whose name plans know it, and what it has to fit."""
 
 from typing import Any, NamedTuple
+
+# Shared memory a block may take, and registers a thread: what a configuration has to fit.
+SHARED_MEMORY = {
+    (8, 0): 163 << 10,
+    (8, 6): 99 << 10,
+    (8, 9): 99 << 10,
+    (9, 0): 227 << 10,
+    (10, 0): 227 << 10,
+    (12, 0): 99 << 10,
+}
+
+
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may take; of an unknown device, what the nearest older one has."""
+    known = [c for c in SHARED_MEMORY if c <= capability]
+    return SHARED_MEMORY[max(known)] if known else 48 << 10
 
 
 class Config(NamedTuple):

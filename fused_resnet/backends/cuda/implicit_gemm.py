@@ -2,10 +2,11 @@
 
 import torch
 
-from fused_resnet.backends.config import Config
+from fused_resnet.backends.config import Config, shared_memory
 from fused_resnet.backends.cpu import ACT_CODES
 from fused_resnet.backends.cuda.family import Family, cdiv, geometry, tf32_allowed
 from fused_resnet.backends.problem import Problem
+from fused_resnet.backends.tunable import capability
 
 NAME = "implicit_gemm"
 
@@ -49,11 +50,17 @@ def _steps(problem: Problem) -> int:
     return cdiv(depth, 8 * _chunk(problem))
 
 
-def _tiles(problem: Problem) -> list[Config]:
+def _fits(config: Config, capability: tuple[int, int]) -> bool:
+    """Whether a block's stages, scale, shift and flag fit its shared memory; as `Tile` in implicit_gemm_plan.h."""
+    block_m, block_n = config.blocks[:2]
+    return config.num_stages * (block_m + block_n) * 128 + 8 * block_n + 16 <= shared_memory(capability)
+
+
+def _tiles(problem: Problem, capability: tuple[int, int]) -> list[Config]:
     if problem.weight[1] % _chunk(problem):  # channels that have to be gathered one by one
         return [TILES[-1]]
     half = problem.dtype != torch.float32
-    return [config for config in TILES if half or config.blocks[:2] not in HALF_ONLY]
+    return [config for config in TILES if (half or config.blocks[:2] not in HALF_ONLY) and _fits(config, capability)]
 
 
 def configs(problem: Problem, capability: tuple[int, int]) -> list[Config]:
@@ -72,7 +79,7 @@ def configs(problem: Problem, capability: tuple[int, int]) -> list[Config]:
         row = waves * cdiv(steps, splits) * (1 + block_m * block_n / 8192)
         return row + (8 if splits > 1 else 0), -block_m * block_n, block_n
 
-    tiles = _tiles(problem)
+    tiles = _tiles(problem, capability)
     split = [
         config._replace(blocks=(*config.blocks[:2], splits))
         for config in tiles
@@ -113,7 +120,7 @@ def with_moments(x, weight, bias, args) -> tuple[torch.Tensor, torch.Tensor, int
     A tile's moments are its mean, as the sum of two floats, and its sum of squared deviations.
     """
     problem = Problem.of("conv_scale_act", x, weight, args, None, "none")
-    config = next(config for config in configs(problem, (8, 0)) if config.blocks[2] == 1)
+    config = next(config for config in configs(problem, capability(x.device)) if config.blocks[2] == 1)
     n, k, p, q = problem.output
     z = torch.empty((n, k, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     partials = torch.empty((cdiv(n * p * q, config.blocks[0]), 3, k), dtype=torch.float32, device=x.device)

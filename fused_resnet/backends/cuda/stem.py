@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.config import Config
+from fused_resnet.backends.config import SHARED_MEMORY, Config
 from fused_resnet.backends.cpu import ACT_CODES
 from fused_resnet.backends.cuda.family import Family, cdiv, geometry, tf32_allowed
 
@@ -19,7 +19,7 @@ BLOCKS = ("ROWS", "TIMES", "CHANNELS")
 
 MOST_TAPS = 7  # in each direction
 CELL = 8  # elements of K, as in csrc/cuda/stem.cu
-SHARED_MEMORY = 99 << 10  # that a block has on every device of capability 8.0 and later
+MOST_SHARED = min(SHARED_MEMORY.values())  # that a block has on every device
 SMS = 132  # of an H200
 
 
@@ -56,7 +56,7 @@ def _columns(problem, rows: int, channels: int) -> int:
     """Output columns of a block: all, or as many multiples of 16 as leave the tile in shared memory; 0: none."""
     cells = _Cells(problem)
     height = (rows - 1) * problem.stride[0] + problem.weight[2]
-    free = SHARED_MEMORY // problem.dtype.itemsize - cells.steps * channels * CELL * cells.words
+    free = MOST_SHARED // problem.dtype.itemsize - cells.steps * channels * CELL * cells.words
     wide = free // height // CELL * CELL - cells.of_a_row * CELL - CELL
     columns = wide // (problem.stride[1] * problem.x[1]) + 1 if wide >= 0 else 0
     return problem.size[1] if columns >= problem.size[1] else columns // 16 * 16

@@ -8,24 +8,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_resnet.backends.config import SHARED_MEMORY as SHARED_MEMORY
 from fused_resnet.backends.config import Config as Config
+from fused_resnet.backends.config import shared_memory as shared_memory
 from fused_resnet.backends.plan import tf32
-
-# Shared memory a block may take, and registers a thread: what a configuration has to fit.
-SHARED_MEMORY = {
-    (8, 0): 163 << 10,
-    (8, 6): 99 << 10,
-    (8, 9): 99 << 10,
-    (9, 0): 227 << 10,
-    (10, 0): 227 << 10,
-    (12, 0): 99 << 10,
-}
-
-
-def shared_memory(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory that a block may take; of an unknown device, what the nearest older one has."""
-    known = [c for c in SHARED_MEMORY if c <= capability]
-    return SHARED_MEMORY[max(known)] if known else 48 << 10
 
 
 class Launch(NamedTuple):
