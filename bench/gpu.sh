@@ -92,7 +92,7 @@ tune() {
     local model batch
     for model in resnet50 resnet34; do
         for batch in 1 256; do
-            "$PYTHON" -m fused_resnet tune --model "$model" --dtype bf16 --batch "$batch" --most 6 || return
+            "$PYTHON" -m fused_resnet tune --model "$model" --dtype bf16 --batch "$batch" --most 10 || return
         done
     done
 }
@@ -103,8 +103,8 @@ quick() {
     "${bench[@]}" layers --quick "${common[@]}" --dtype bf16
     "${bench[@]}" training --quick "${common[@]}" --dtype bf16 --peers eager
 }
-layers() { "${bench[@]}" layers "${common[@]}" --dtype bf16; }
-ops() { "${bench[@]}" ops "${common[@]}" --dtype bf16; }
+layers() { "${bench[@]}" layers "${common[@]}" --dtype bf16 --backends triton cuda; }
+ops() { "${bench[@]}" ops "${common[@]}" --dtype bf16 --backends cuda; }
 models() {
     "${bench[@]}" models "${common[@]}" --dtype bf16 --models resnet50
     "${bench[@]}" models "${common[@]}" --dtype bf16 --models resnet18 resnet34 mobilenet_v2
