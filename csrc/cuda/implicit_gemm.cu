@@ -1,5 +1,7 @@
 #include "cuda/implicit_gemm.h"
 
+#include <algorithm>
+
 #include "cuda/kernels.h"
 
 namespace fused_resnet::cuda {
@@ -45,16 +47,25 @@ __global__ void __launch_bounds__(kThreads)
 ConvShape shape_of(const Tensor& x, const Tensor& weight, const Tensor& out,
                    const std::vector<std::int64_t>& geometry) {
   STD_TORCH_CHECK(geometry.size() == 9, "conv: geometry is R, S, strides, padding, dilation and groups");
+  const auto fits = [](std::int64_t value) {
+    STD_TORCH_CHECK(value >= 0 && value <= INT32_MAX, "conv: a size beyond 32 bits");
+    return static_cast<int>(value);
+  };
   ConvShape g{};
-  g.n = x.size(0), g.c = x.size(1), g.h = x.size(2), g.w = x.size(3);
-  g.k = out.size(1), g.p = out.size(2), g.q = out.size(3);
-  const auto at = [&](int i) { return static_cast<int>(geometry[i]); };
-  g.r = at(0), g.s = at(1), g.stride_h = at(2), g.stride_w = at(3), g.pad_h = at(4), g.pad_w = at(5);
-  g.dilation_h = at(6), g.dilation_w = at(7), g.groups = at(8);
-  g.depth = static_cast<int>(weight.size(1));
-  STD_TORCH_CHECK(out.size(0) == g.n && weight.size(0) == g.k && g.groups > 0 && g.c % g.groups == 0 &&
-                      g.k % g.groups == 0 && g.depth * weight.element_size() % kChunkBytes == 0 &&
-                      g.depth >= static_cast<std::int64_t>(g.r) * g.s * g.group_c(),
+  g.n = fits(x.size(0)), g.c = fits(x.size(1)), g.h = fits(x.size(2)), g.w = fits(x.size(3));
+  g.k = fits(out.size(1)), g.p = fits(out.size(2)), g.q = fits(out.size(3));
+  g.r = fits(geometry[0]), g.s = fits(geometry[1]);
+  g.stride_h = fits(geometry[2]), g.stride_w = fits(geometry[3]);
+  g.pad_h = fits(geometry[4]), g.pad_w = fits(geometry[5]);
+  g.dilation_h = fits(geometry[6]), g.dilation_w = fits(geometry[7]);
+  g.groups = std::max(1, fits(geometry[8]));
+  g.group_c = g.c / g.groups, g.group_k = g.k / g.groups;
+  STD_TORCH_CHECK(std::max({g.h + 2 * g.pad_h, g.w + 2 * g.pad_w, g.r * g.dilation_h, g.s * g.dilation_w}) <= INT16_MAX,
+                  "conv: an image or a filter beyond 16 bits");
+  g.depth = fits(weight.size(1));
+  STD_TORCH_CHECK(out.size(0) == g.n && weight.size(0) == g.k && g.c % g.groups == 0 && g.k % g.groups == 0 &&
+                      weight.numel() <= INT32_MAX && g.depth * weight.element_size() % kChunkBytes == 0 &&
+                      g.depth >= static_cast<std::int64_t>(g.r) * g.s * g.group_c,
                   "conv: the packed weight does not fit");
   STD_TORCH_CHECK(x.scalar_type() == out.scalar_type() && weight.scalar_type() == x.scalar_type(),
                   "conv: x, weight and out must have one dtype");
@@ -86,7 +97,7 @@ void conv(Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Te
   STD_TORCH_CHECK(!sums || (!partials && sums->numel() == g.splits * out.numel()), "conv: sums do not fit");
   STD_TORCH_CHECK(!partials || partials->numel() == ceil_div(g.pixels(), tile_m) * 3 * g.k,
                   "conv: partials do not fit");
-  const bool aligned = g.group_c() % chunk == 0;
+  const bool aligned = g.group_c % chunk == 0;
   const ConvLaunch tile = find(x, tf32, tile_m, tile_n, aligned);
   STD_TORCH_CHECK(tile, "conv: there is no tile of ", tile_m, " x ", tile_n);
   ConvArgs args{};

@@ -68,38 +68,37 @@ class Loader {
         chunk_(static_cast<int>(threadIdx.x) % kRowChunks),
         at_(first_step * kStep + chunk_ * kElements),
         depth_(g, at_),
-        channels_(g.group_k() - work.channel) {
+        channels_(g.group_k - work.channel) {
     // The tile's first pixel is divided in 64 bits, the others, from there on, in 32.
-    const std::int64_t map = g.p * g.q, image = work.pixel / map;
-    const auto first = static_cast<unsigned>(work.pixel % map), q = static_cast<unsigned>(g.q);
-    x_ = static_cast<const T*>(args.x) + image * g.h * g.w * g.c + work.group * g.group_c();
+    const std::int64_t image = work.pixel / g.map();
+    const auto first = static_cast<unsigned>(work.pixel % g.map()), map = static_cast<unsigned>(g.map());
+    x_ = static_cast<const T*>(args.x) + image * g.h * g.w * g.c + work.group * g.group_c;
 #pragma unroll
     for (int i = 0; i < kRowsA; ++i) {
       const int row = row_ + i * Tile::kCopyRows;
-      const unsigned images = first + row < map ? 0 : (first + row) / static_cast<unsigned>(map);
-      const unsigned pixel = first + row - images * static_cast<unsigned>(map);
-      const int h = static_cast<int>(pixel / q) * g.stride_h - g.pad_h;
-      const int w = static_cast<int>(pixel % q) * g.stride_w - g.pad_w;
+      const unsigned images = first + row < map ? 0 : (first + row) / map, pixel = first + row - images * map;
+      const int h = static_cast<int>(pixel / g.q) * g.stride_h - g.pad_h;
+      const int w = static_cast<int>(pixel % g.q) * g.stride_w - g.pad_w;
       position_[i] = Position::of(work.pixel + row < g.pixels() ? h : Position::kOutside, w);
-      const std::int64_t from = ((images * g.h + h) * g.w + w) * g.c;
+      const std::int64_t from = ((static_cast<std::int64_t>(images) * g.h + h) * g.w + w) * g.c;
       from_[i] = static_cast<Offset>(kAligned ? from / kElements : from);
     }
-    const std::int64_t first_channel = static_cast<std::int64_t>(work.group) * g.group_k() + work.channel;
+    const std::int64_t first_channel = static_cast<std::int64_t>(work.group) * g.group_k + work.channel;
     weight_ = static_cast<const T*>(args.weight) + first_channel * g.depth;
   }
 
   // Copies the next step to `stage`.
   FUSED_RESNET_DEVICE void copy(unsigned char* stage) {
+    const Tap tap(g_, depth_);
 #pragma unroll
     for (int i = 0; i < kRowsA; ++i)
-      copy_pixel(stage + swizzled(row_ + i * Tile::kCopyRows, chunk_), i);
+      copy_pixel(stage + swizzled(row_ + i * Tile::kCopyRows, chunk_), i, tap);
     stage += Tile::kM * kRowBytes;
 #pragma unroll
     for (int i = 0; i < kRowsB; ++i) {
       const int row = row_ + i * Tile::kCopyRows;
       const bool inside = at_ < g_.depth && row < channels_;
-      const T* from = inside ? weight_ + static_cast<std::int64_t>(row) * g_.depth + at_ : weight_;
-      cp_async16(stage + swizzled(row, chunk_), from, inside);
+      cp_async16(stage + swizzled(row, chunk_), weight_ + (inside ? row * g_.depth + at_ : 0), inside);
     }
     at_ += kStep;
     depth_.advance(g_, kStep);
@@ -110,26 +109,34 @@ class Loader {
   // 32 bits, which is 32 GB, and elements, where they are no chunks, in 64.
   using Offset = std::conditional_t<kAligned, int, std::int64_t>;
 
-  FUSED_RESNET_DEVICE bool inside(int i, const Depth& d) const {
-    const int h = position_[i].h() + d.r * g_.dilation_h, w = position_[i].w() + d.s * g_.dilation_w;
-    return d.r < g_.r && h >= 0 && h < g_.h && w >= 0 && w < g_.w;
+  // What is added to a pixel's row, column and offset to come to a tap's; outside of the filter, to none in the image.
+  struct Tap {
+    int h, w;
+    Offset offset;
+
+    FUSED_RESNET_DEVICE Tap(const ConvShape& g, const Depth& d)
+        : h(d.r < g.r ? d.r * g.dilation_h : INT16_MAX * 2),
+          w(d.s * g.dilation_w),
+          offset((static_cast<Offset>(h) * g.w + w) * (kAligned ? g.c / kElements : g.c) +
+                 (kAligned ? d.c / kElements : d.c)) {}
+  };
+
+  FUSED_RESNET_DEVICE bool inside(int i, const Tap& tap) const {
+    const auto h = static_cast<unsigned>(position_[i].h() + tap.h), w = static_cast<unsigned>(position_[i].w() + tap.w);
+    return h < static_cast<unsigned>(g_.h) && w < static_cast<unsigned>(g_.w);
   }
 
-  FUSED_RESNET_DEVICE std::int64_t offset(const Depth& d) const {
-    return (static_cast<std::int64_t>(d.r * g_.dilation_h) * g_.w + d.s * g_.dilation_w) * g_.c + d.c;
-  }
-
-  FUSED_RESNET_DEVICE void copy_pixel(unsigned char* to, int i) const {
+  FUSED_RESNET_DEVICE void copy_pixel(unsigned char* to, int i, const Tap& tap) const {
     if constexpr (kAligned) {
-      const bool valid = inside(i, depth_);
-      const Offset at = valid ? from_[i] + static_cast<Offset>(offset(depth_) / kElements) : 0;
-      cp_async16(to, x_ + static_cast<std::int64_t>(at) * kElements, valid);
+      const bool valid = inside(i, tap);
+      cp_async16(to, x_ + static_cast<std::int64_t>(valid ? from_[i] + tap.offset : 0) * kElements, valid);
     } else {
       Pack<T, kElements> chunk;
       Depth d = depth_;
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        chunk.data[e] = inside(i, d) ? x_[from_[i] + offset(d)] : static_cast<T>(0.0f);
+        const Tap here(g_, d);
+        chunk.data[e] = inside(i, here) ? x_[from_[i] + here.offset] : static_cast<T>(0.0f);
         d.advance(g_, 1);
       }
       store_pack(reinterpret_cast<T*>(to), chunk);
@@ -159,8 +166,8 @@ class Output {
         memory_(memory),
         steps_(steps),
         rows_(static_cast<int>(g.pixels() - work.pixel < Tile::kM ? g.pixels() - work.pixel : Tile::kM)),
-        columns_(g.group_k() - work.channel < Tile::kN ? g.group_k() - work.channel : Tile::kN),
-        first_(work.pixel * g.k + work.group * g.group_k() + work.channel) {}
+        columns_(g.group_k - work.channel < Tile::kN ? g.group_k - work.channel : Tile::kN),
+        first_(work.pixel * g.k + static_cast<std::int64_t>(work.group) * g.group_k + work.channel) {}
 
   FUSED_RESNET_DEVICE unsigned char* panel(int number) const {
     const int stage = (steps_ + number / Tile::kStagePanels) % Tile::kStages;
@@ -185,8 +192,8 @@ class Output {
       if (column >= columns_) continue;
 #pragma unroll 1
       for (int row = static_cast<int>(threadIdx.x) / kRowChunks; row < rows_; row += Tile::kCopyRows)
-        body(reinterpret_cast<T*>(panel(number) + swizzled(row, chunk)), first_ + row * g_.k + column,
-             columns_ - column);
+        body(reinterpret_cast<T*>(panel(number) + swizzled(row, chunk)),
+             first_ + static_cast<std::int64_t>(row) * g_.k + column, columns_ - column);
     }
   }
 
@@ -217,11 +224,13 @@ class Output {
 
   FUSED_RESNET_DEVICE int rows() const { return rows_; }
   FUSED_RESNET_DEVICE int columns() const { return columns_; }
-  FUSED_RESNET_DEVICE std::int64_t at(int row, int column) const { return first_ + row * g_.k + column; }
+  FUSED_RESNET_DEVICE std::int64_t at(int row, int column) const {
+    return first_ + static_cast<std::int64_t>(row) * g_.k + column;
+  }
 
  private:
   // Whether rows of the tensor, and of the tile in them, are whole chunks.
-  FUSED_RESNET_DEVICE bool wide() const { return g_.k % kElements == 0 && g_.group_k() % kElements == 0; }
+  FUSED_RESNET_DEVICE bool wide() const { return g_.k % kElements == 0 && g_.group_k % kElements == 0; }
 
   const ConvShape& g_;
   unsigned char* memory_;
@@ -234,11 +243,11 @@ class Output {
 template <class T>
 FUSED_RESNET_DEVICE float plain_sum(const ConvShape& g, const ConvArgs& args, const Work& work, std::int64_t pixel,
                                     int channel, int begin, int end) {
-  const std::int64_t n = pixel / (g.p * g.q);
+  const std::int64_t n = pixel / g.map();
   const int p = static_cast<int>(pixel / g.q % g.p), q = static_cast<int>(pixel % g.q);
-  const T* x = static_cast<const T*>(args.x) + work.group * g.group_c();
+  const T* x = static_cast<const T*>(args.x) + work.group * g.group_c;
   const T* weight =
-      static_cast<const T*>(args.weight) + (static_cast<std::int64_t>(work.group) * g.group_k() + channel) * g.depth;
+      static_cast<const T*>(args.weight) + (static_cast<std::int64_t>(work.group) * g.group_k + channel) * g.depth;
   Depth d(g, begin);
   float sum = 0.0f;
   for (int at = begin; at < end && d.r < g.r; ++at, d.advance(g, 1)) {
@@ -304,8 +313,8 @@ __global__ void __launch_bounds__(Tile::kThreads, blocks_per_sm<A, Tile, kAligne
   auto* vectors = reinterpret_cast<float*>(memory + Tile::kVectors);
   auto* flag = reinterpret_cast<int*>(memory + Tile::kFlag);
   for (int i = thread; i < Tile::kN; i += Tile::kThreads) {
-    const bool inside = work.channel + i < g.group_k();
-    const int channel = work.group * g.group_k() + work.channel + i;
+    const bool inside = work.channel + i < g.group_k;
+    const int channel = work.group * g.group_k + work.channel + i;
     vectors[i] = inside && args.scale ? args.scale[channel] : 1.0f;
     vectors[Tile::kN + i] = inside && args.shift ? args.shift[channel] : 0.0f;
   }
@@ -390,7 +399,7 @@ __global__ void __launch_bounds__(Tile::kThreads, blocks_per_sm<A, Tile, kAligne
     }
     for_pairs([&](const float* d, int row, int column) {
       if (row >= tile.rows()) return;
-      if (column + 1 < tile.columns() && g.k % 2 == 0 && g.group_k() % 2 == 0) {
+      if (column + 1 < tile.columns() && g.k % 2 == 0 && g.group_k % 2 == 0) {
         store_global(sums + tile.at(row, column), Pack<float, 2>{d[0], d[1]});
       } else {
         for (int e = 0; e < 2; ++e)
@@ -431,7 +440,7 @@ __global__ void __launch_bounds__(Tile::kThreads, blocks_per_sm<A, Tile, kAligne
   }
   __syncthreads();
   if (args.partials) {
-    const std::int64_t first = work.pixel / Tile::kM * 3 * g.k + work.group * g.group_k() + work.channel;
+    const std::int64_t first = work.pixel / Tile::kM * 3 * g.k + work.group * g.group_k + work.channel;
     store_moments(tile, memory + (steps + Tile::kStages - 1) % Tile::kStages * Tile::kStageBytes, args.partials + first,
                   g.k);
   }

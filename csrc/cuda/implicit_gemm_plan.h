@@ -15,15 +15,16 @@ constexpr int kRowChunks = kRowBytes / kChunkBytes;  // 8
 constexpr int kMmaBytes = 2 * kChunkBytes;           // the depth of one mma
 constexpr int kRowMmas = kRowBytes / kMmaBytes;      // 4
 
+// Numbers of 32 bits, because a thread works with most of them at every step.
 struct ConvShape {
-  std::int64_t n, c, h, w, k, p, q;
-  int r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
-  int depth;   // r * s * c / groups, filled up to whole chunks: the length of a packed filter
+  int n, c, h, w, k, p, q;
+  int r, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int groups, group_c, group_k;
+  int depth;   // r * s * group_c, filled up to whole chunks: the length of a packed filter
   int splits;  // blocks that share the depth of a tile
 
-  FUSED_RESNET_HOST_DEVICE constexpr std::int64_t pixels() const { return n * p * q; }
-  FUSED_RESNET_HOST_DEVICE constexpr int group_c() const { return static_cast<int>(c / groups); }
-  FUSED_RESNET_HOST_DEVICE constexpr int group_k() const { return static_cast<int>(k / groups); }
+  FUSED_RESNET_HOST_DEVICE constexpr int map() const { return p * q; }
+  FUSED_RESNET_HOST_DEVICE constexpr std::int64_t pixels() const { return static_cast<std::int64_t>(n) * map(); }
 };
 
 // A tile of kM pixels and kN channels by kWarpsM x kWarpsN warps, with kStages steps in shared memory.
@@ -60,11 +61,11 @@ struct Work {
 };
 
 FUSED_RESNET_HOST_DEVICE constexpr std::int64_t count_blocks(const ConvShape& g, int tile_m, int tile_n) {
-  return ceil_div(g.pixels(), tile_m) * ceil_div(g.group_k(), tile_n) * g.groups * g.splits;
+  return ceil_div(g.pixels(), tile_m) * ceil_div(g.group_k, tile_n) * g.groups * g.splits;
 }
 
 FUSED_RESNET_HOST_DEVICE constexpr Work work_of(const ConvShape& g, int tile_m, int tile_n, std::int64_t block) {
-  const std::int64_t tiles_n = ceil_div(g.group_k(), tile_n);
+  const std::int64_t tiles_n = ceil_div(g.group_k, tile_n);
   Work work{};
   work.channel = static_cast<int>(block % tiles_n) * tile_n;
   block /= tiles_n;
@@ -124,12 +125,12 @@ struct Depth {
   int r, s, c;
 
   FUSED_RESNET_HOST_DEVICE constexpr Depth(const ConvShape& g, int at)
-      : r(at / g.group_c() / g.s), s(at / g.group_c() % g.s), c(at % g.group_c()) {}
+      : r(at / g.group_c / g.s), s(at / g.group_c % g.s), c(at % g.group_c) {}
 
   FUSED_RESNET_HOST_DEVICE constexpr void advance(const ConvShape& g, int by) {
     c += by;
-    while (c >= g.group_c()) {
-      c -= g.group_c();
+    while (c >= g.group_c) {
+      c -= g.group_c;
       if (++s == g.s) {
         s = 0;
         ++r;

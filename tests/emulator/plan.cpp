@@ -35,9 +35,10 @@ constexpr bool fragments_lie_as_mma_reads_them() {
 }
 static_assert(fragments_lie_as_mma_reads_them());
 
-constexpr ConvShape shape(std::int64_t n, std::int64_t c, std::int64_t k, int size, int r, int groups, int splits) {
+constexpr ConvShape shape(int n, int c, int k, int size, int r, int groups, int splits) {
   ConvShape g{};
-  g.n = n, g.c = c, g.k = k, g.h = g.w = g.p = g.q = size, g.r = g.s = r, g.groups = groups, g.splits = splits;
+  g.n = n, g.c = c, g.k = k, g.h = g.w = g.p = g.q = size, g.r = g.s = r, g.splits = splits;
+  g.groups = groups, g.group_c = c / groups, g.group_k = k / groups;
   g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
   g.depth = static_cast<int>(c / groups * r * r);
   return g;
@@ -46,7 +47,7 @@ constexpr ConvShape shape(std::int64_t n, std::int64_t c, std::int64_t k, int si
 // Every pixel, channel and split has one block.
 template <int kM, int kN>
 constexpr bool work_is_whole(const ConvShape& g) {
-  const std::int64_t tiles_m = ceil_div(g.pixels(), kM), tiles_n = ceil_div(g.group_k(), kN);
+  const std::int64_t tiles_m = ceil_div(g.pixels(), kM), tiles_n = ceil_div(g.group_k, kN);
   const std::int64_t blocks = count_blocks(g, kM, kN);
   if (blocks != tiles_m * tiles_n * g.groups * g.splits) return false;
   for (std::int64_t block = 0; block < blocks; ++block) {
@@ -54,7 +55,7 @@ constexpr bool work_is_whole(const ConvShape& g) {
     const std::int64_t number =
         ((work.pixel / kM * g.splits + work.split) * g.groups + work.group) * tiles_n + work.channel / kN;
     if (number != block || work.pixel % kM || work.channel % kN || work.pixel >= g.pixels() ||
-        work.channel >= g.group_k() || work.group >= g.groups || work.split >= g.splits)
+        work.channel >= g.group_k || work.group >= g.groups || work.split >= g.splits)
       return false;
   }
   return true;
