@@ -1,7 +1,7 @@
 """Builds fused_resnet._C: C++ always, CUDA when nvcc is there, and nothing at all when there is no compiler.
 
 Variables: FUSED_RESNET_NO_EXT=1 (build no extension), FUSED_RESNET_NO_CUDA=1 (C++ only), FUSED_RESNET_FORCE_CUDA=1
-(an error when CUDA sources cannot be built), TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a" by default), MAX_JOBS, DEBUG=1.
+(an error when CUDA sources cannot be built), TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a"; none below 8.0), MAX_JOBS, DEBUG=1.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-ABI_TARGET = "0x020b000000000000"  # LibTorch Stable ABI of torch 2.11: one library for it and everything later
+ABI = "0x020b000000000000"  # LibTorch Stable ABI of torch 2.11: one library for it and everything later
 DEFAULT_ARCHS = "8.0+PTX;9.0a"  # "a" has no PTX for later GPUs
 
 
@@ -53,11 +53,16 @@ def cuda_sources():
 
 def module(cpp_extension, cuda):
     """The extension with these CUDA sources; with none it is for the CPU alone."""
-    optimise = ["-O0", "-g"] if switch("DEBUG") else ["-O3", "-DNDEBUG"]
-    common = [*optimise, "-std=c++20", f"-DTORCH_TARGET_VERSION={ABI_TARGET}"]
+    common = [
+        *(["-O0", "-g"] if switch("DEBUG") else ["-O3", "-DNDEBUG"]),
+        "-std=c++20",
+        f"-DTORCH_TARGET_VERSION={ABI}",
+    ]
     host = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     if cuda:
-        host.append(f'-DFUSED_RESNET_CUDA="{os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)}"')
+        wanted = (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS).replace(" ", ";").split(";")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs = ";".join(arch for arch in wanted if arch[:1] not in "34567")
+        host.append(f'-DFUSED_RESNET_CUDA="{archs}"')
         cpp_extension.CUDA_HOME = cuda_home()
     ext = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "fused_resnet._C",
@@ -71,8 +76,7 @@ def module(cpp_extension, cuda):
     ext.libraries = [name for name in ext.libraries if name not in ("c10_cuda", "torch_cuda", "cudart")]
     ext.libraries += ["cudart_static", "dl", "rt", "pthread"] if cuda else []
     ext.library_dirs += [f"{cuda_home()}/{lib}" for lib in ("lib64", "lib") if cuda]
-    # aoti_torch_get_current_cuda_stream is weak: it is found only in a library that is named as needed.
-    ext.extra_link_args = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+    ext.extra_link_args = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]  # it has what launch.h declares weak
     return ext
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import BACKEND_NAMES, LAYOUTS, dtypes
+from tolerances import tolerance
 
 import fused_resnet as fr
 from fused_resnet import candidates as trials
 from fused_resnet._version import __version__
 from fused_resnet.backends import backend_report, canary, cuda, plan, reference, tunable, tunable_backends
-from fused_resnet.backends.problem import Problem
+from fused_resnet.backends.problem import ConvArgs, Problem
 
 if "cuda" not in BACKEND_NAMES:
     pytest.skip(backend_report()["cuda"], allow_module_level=True)
@@ -167,12 +168,25 @@ def test_tune_takes_backends_in_turn():
         ("9.0a", (10, 0), False),
         ("9.0", (8, 9), False),
         ("8.0", (9, 0), False),
-        ("8.6 9.0", (8, 0), False),
-        ("Ampere", (9, 0), True),
+        ("8.6;9.0", (8, 0), False),
+        ("10.0f", (10, 3), True),
+        ("Ampere;9.0a", (8, 0), True),  # a name says nothing: the launch will tell
     ],
 )
 def test_library_has_code_for_a_device(compiled, device, expected):
     assert cuda.covered(compiled, device) is expected
+
+
+def test_first_run_tells_tf32_from_fp32(monkeypatch):
+    """A kernel that rounds where it may not fails; and what was found out about one is not believed of the other."""
+    x, weight, _ = convolution("implicit_gemm")
+    problem = Problem.of("conv_scale_act", x, weight, ConvArgs.of((1, 1), (1, 1), (1, 1), 1), None, "none")
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=True):
+        assert cuda.trusted(problem, DEVICE)
+    monkeypatch.setattr(cuda.implicit_gemm, "tf32_allowed", lambda x: True)
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        with pytest.warns(UserWarning, match="failed its first run"):
+            assert not cuda.trusted(problem, DEVICE)
 
 
 def test_missing_kernels_say_why(monkeypatch):
@@ -192,3 +206,79 @@ def test_unsupported_says_why():
     weight = torch.randn(4, 4, 1, 1, device=DEVICE)
     args = Problem.of("conv_scale_act", x, weight, ((1, 1), (0, 0), (1, 1), 1), None, "none").args
     assert cuda.unsupported("conv_scale_act_max_pool2d", x, weight, args) == "it has no kernel for that"
+
+
+CONVOLUTIONS = {
+    "implicit_gemm": ((2, 16, 6, 6), (8, 16, 3, 3), {"padding": 1}),
+    "depthwise": ((2, 16, 6, 6), (16, 1, 3, 3), {"padding": 1, "groups": 16}),
+    "stem": ((2, 3, 12, 12), (16, 3, 7, 7), {"padding": 3, "stride": 2}),
+}
+convolutions = pytest.mark.parametrize("name", CONVOLUTIONS)
+
+
+def convolution(name):
+    """x and weight, and the options of a convolution that this family runs."""
+    x, weight, options = CONVOLUTIONS[name]
+    x, weight = torch.randn(x, device=DEVICE), torch.randn(weight, device=DEVICE)
+    args = ConvArgs.of(*(_pair(options.get(key, default)) for key, default in GEOMETRY), options.get("groups", 1))
+    problem = Problem.of("conv_scale_act", x, weight, args, None, "none")
+    assert cuda.candidates(problem, DEVICE)[0].family.name == name
+    return LAYOUTS["channels_last"](x), weight, options
+
+
+GEOMETRY = (("stride", 1), ("padding", 0), ("dilation", 1))
+
+
+def _pair(value):
+    return (value, value)
+
+
+def both_backends(function):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        return function("cuda"), function("reference")
+
+
+@convolutions
+def test_training_sees_a_weight_whose_version_stays(name):
+    """Fused optimizers, `.data` and graph replays change it so: nothing packed is kept from step to step."""
+    x, weight, options = convolution(name)
+    ones = torch.ones(weight.shape[0], device=DEVICE)
+
+    def step(backend):
+        return fr.ops.conv_bn_act(
+            x, weight, ones, ones, None, None, training=True, act="none", backend=backend, **options
+        )
+
+    for _ in range(2):
+        found, expected = both_backends(step)
+        assert_close_to(found, expected)
+        before = weight._version
+        weight.data.uniform_(-1, 1)
+        assert weight._version == before
+
+
+@convolutions
+def test_vectors_may_lie_anywhere(name):
+    """Slices, strided and expanded vectors: the kernels read 16 bytes at a time from addresses that have to fit."""
+    x, weight, options = convolution(name)
+    k = weight.shape[0]
+    numbers = torch.rand(2 * k, device=DEVICE) + 0.5
+    for vector in (numbers[1 : k + 1], numbers[::2], numbers[3:4].expand(k)):
+
+        def inference(backend, vector=vector):
+            return fr.ops.conv_scale_act(x, weight, vector, vector, act="none", backend=backend, **options)
+
+        def training(backend, vector=vector):
+            mean, var = torch.zeros(k, device=DEVICE), torch.ones(k, device=DEVICE)
+            y = fr.ops.conv_bn_act(
+                x, weight, vector, vector, mean, var, conv_bias=vector, training=True, backend=backend, **options
+            )
+            return torch.cat([y.flatten(), mean, var])
+
+        for function in (inference, training):
+            assert_close_to(*both_backends(function))
+
+
+def assert_close_to(found, expected):
+    bound = tolerance("other_backend") * expected.abs().max()
+    assert (found - expected).abs().max() <= bound

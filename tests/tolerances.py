@@ -68,6 +68,11 @@ TOLERANCES = {
         "max|sum - truth| / max|truth| of sums over 131072 values of either sign: as many roundings of 6e-8 add up to "
         "360 of them at random, in partial sums a few times as large; a block of values left out shows at 1e-2",
     ),
+    "other_backend": Tolerance(
+        1e-5,
+        "fp32 of one backend beside another's, relative to the largest value: sums of a few hundred products in "
+        "another order; a weight or a vector that is not the right one shows at 1e-1",
+    ),
     "tile_moments": Tolerance(
         2e-6,
         "the mean, relative to the deviation, and the M2 of at most 256 rows in fp32, about the first of them: their "

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import reference
+from fused_resnet.backends import plan, reference
 from fused_resnet.backends.problem import Problem, windows
 from fused_resnet.files import cache_folder, write_atomically
 
@@ -32,6 +32,7 @@ TRAINING = ("bn_act", "conv_bn_act", "add_act_backward", "max_pool2d")
 # and fp32 sums of some hundred whole numbers with what is made of them. A value in a wrong place is 0.1 away and more.
 ROUNDED, SUMMED = 1.0, 1e-5
 EPS = 1e-5
+TWELVE_BITS = 2049
 
 _lock = threading.RLock()
 _verdicts: dict[Path, dict[str, bool]] = {}
@@ -40,7 +41,7 @@ _verdicts: dict[Path, dict[str, bool]] = {}
 def verdict(backend, problem: Problem, kernel, device: torch.device) -> bool | None:
     """Whether the kernel's first run on this architecture was right; None: it was not tried, and cannot be now."""
     small = tiny(problem)
-    key = f"{small} {kernel}".strip()
+    key = f"{plan.key_of(small)} {kernel}".strip()
     with _lock:
         path = _path(backend, device)
         known = _verdicts.get(path)
@@ -188,13 +189,19 @@ def integers(problem: Problem) -> tuple:
     if problem.weight:  # sparse, so that no sum leaves the whole numbers that 16 bits hold
         few = torch.rand(problem.weight, generator=generator, device="cpu") < 256 / math.prod(problem.weight[1:])
         weight = whole(problem.weight, 1) * few
+    x = whole(problem.x, 1)
+    if weight is not None and problem.dtype == torch.float32 and not plan.tf32():
+        # Twelve bits, one more than TF32 has, in every other channel of x, and in the weights of the channels between.
+        inputs = torch.arange(x.shape[1]).view(problem.groups, 1, -1).expand(-1, len(weight) // problem.groups, -1)
+        x[:, 1::2] *= TWELVE_BITS
+        weight[inputs.reshape(weight.shape[:2]) % 2 == 0] *= TWELVE_BITS
     vectors = (
         (None, None)
         if problem.op == "add_act"
         else (2.0 ** whole((k,), 1, torch.float32), whole((k,), 4, torch.float32))
     )
     return (
-        whole(problem.x, 1),
+        x,
         weight,
         *vectors,
         whole(problem.output, 4) if problem.residual else None,

@@ -15,6 +15,11 @@ def ready(x: Tensor | None) -> Tensor | None:
     return None if x is None else aligned(channels_last(x))
 
 
+def vector(value: Tensor | None) -> Tensor | None:
+    """A number a channel, as the kernels read it: dense, in fp32."""
+    return None if value is None else aligned(value.detach().float().contiguous())
+
+
 def empty(size, x: Tensor) -> Tensor:
     """An output beside x."""
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

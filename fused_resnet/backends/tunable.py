@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import canary, plan
-from fused_resnet.backends.layout import aligned, empty, ready
+from fused_resnet.backends.layout import aligned, empty, ready, vector
 from fused_resnet.backends.packing import packed
 from fused_resnet.backends.problem import Problem
 
@@ -125,7 +125,7 @@ def family_runner(name: str, problem: Problem, kernel, launch: Callable, weight,
     weights = None
     if weight is not None:
         weights = packed(weight, form, lambda: aligned(family.pack(weight.detach(), problem, config)))
-    scale, shift = (None if t is None else t.detach().float().contiguous() for t in (scale, shift))
+    scale, shift = vector(scale), vector(shift)
 
     def run(x, residual, out):
         x, residual = ready(x), ready(residual)

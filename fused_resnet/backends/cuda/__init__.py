@@ -23,7 +23,7 @@ from fused_resnet.backends.cuda.training import bn_act as bn_act
 from fused_resnet.backends.cuda.training import bn_act_backward as bn_act_backward
 from fused_resnet.backends.cuda.training import max_pool2d as max_pool2d
 from fused_resnet.backends.cuda.training import scale_act as scale_act
-from fused_resnet.backends.layout import ready
+from fused_resnet.backends.layout import aligned, empty, ready, vector
 from fused_resnet.backends.problem import Problem
 from fused_resnet.backends.tunable import capability as capability
 
@@ -79,13 +79,16 @@ def device_type() -> str:
 
 
 def covered(compiled: str, device: tuple[int, int]) -> bool:
-    """Whether a library that was compiled for `architectures` has code for a device; also where that names none."""
-    found = re.findall(r"(\d+)\.(\d+)([a-z]?)(\+PTX)?", compiled)
-    for major, minor, exact, ptx in found:
-        version = int(major), int(minor)
-        if version == device or (not exact and version <= device and (ptx or version[0] == device[0])):
+    """Whether a library that was compiled for these architectures has code for a device; also where one has a name."""
+    for architecture in compiled.split(";"):
+        found = re.fullmatch(r"(\d+)\.(\d+)([a-z]?)(\+PTX)?", architecture)
+        if found is None:
             return True
-    return not found
+        version = int(found[1]), int(found[2])
+        newer = version <= device and (found[4] or version[0] == device[0])
+        if version == device or (newer and found[3] != "a"):
+            return True
+    return False
 
 
 def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> str:
@@ -172,14 +175,18 @@ def prepare_conv_scale_act_max_pool2d(x, weight, scale, shift, args, act):
 
 def conv_bn_act(x, weight, conv_bias, bn_weight, bn_bias, residual, args, eps, act):
     """The general convolution takes the moments of what it writes; behind the special ones they are a pass more."""
-    family = candidates(Problem.of("conv_scale_act", x, weight, args, None, "none"), x.device)[0].family
+    problem = Problem.of("conv_scale_act", x, weight, args, None, "none")
+    family, config = candidates(problem, x.device)[0]
     x, residual, after = ready(x), ready(residual), (bn_weight, bn_bias, residual, eps, act)
     if family is implicit_gemm.FAMILY:
         z, partials, tile = implicit_gemm.with_moments(x, weight, conv_bias, args)
         y, mean, var = training.finish_bn_act(z, partials, tile, *after)
     else:
-        ones = torch.ones(weight.shape[0], device=x.device)
-        z = conv_scale_act(x, weight, ones, 0 * ones if conv_bias is None else conv_bias, None, args, "none")
+        z, ones = empty(problem.output, x), torch.ones(weight.shape[0], device=x.device)
+        # The weight has just changed, whether its version says so or not: no packed form of it is kept.
+        weights = aligned(family.pack(weight.detach(), problem, config))
+        shift = torch.zeros_like(ones) if conv_bias is None else vector(conv_bias)
+        family.run(problem, config, x, weights, ones, shift, None, z)
         y, mean, var = training.bn_act(z, *after)
     return y, z, mean, var
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_resnet.backends.config import Config
 from fused_resnet.backends.cpu import ACT_CODES
 from fused_resnet.backends.cuda.family import WARPS, Family, cdiv, geometry
+from fused_resnet.backends.layout import aligned
 
 NAME = "depthwise"
 # Rows and channels of a thread.
@@ -74,7 +75,7 @@ def _steps_in_a_row(problem, rows: int, warps: float) -> float:
 
 
 def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.detach().flatten(1).t().to(dtype).contiguous()
+    return aligned(weight.detach().flatten(1).t().to(dtype).contiguous())
 
 
 def pack(weight, problem, config) -> Tensor:

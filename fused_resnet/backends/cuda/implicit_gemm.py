@@ -5,6 +5,7 @@ import torch
 from fused_resnet.backends.config import Config, shared_memory
 from fused_resnet.backends.cpu import ACT_CODES
 from fused_resnet.backends.cuda.family import Family, cdiv, geometry, tf32_allowed
+from fused_resnet.backends.layout import vector
 from fused_resnet.backends.problem import Problem
 from fused_resnet.backends.tunable import capability
 
@@ -124,9 +125,8 @@ def with_moments(x, weight, bias, args) -> tuple[torch.Tensor, torch.Tensor, int
     n, k, p, q = problem.output
     z = torch.empty((n, k, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     partials = torch.empty((cdiv(n * p * q, config.blocks[0]), 3, k), dtype=torch.float32, device=x.device)
-    shift = None if bias is None else bias.detach().float()
     # The weight has just changed: its packed form is not worth keeping.
-    _launch(problem, config, x, pack(weight, problem, config), None, shift, None, z, partials)
+    _launch(problem, config, x, pack(weight, problem, config), None, vector(bias), None, z, partials)
     return z, partials, config.blocks[0]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_resnet.backends import reference
 from fused_resnet.backends.cpu import ACT_CODES
-from fused_resnet.backends.layout import empty, ready
+from fused_resnet.backends.layout import empty, ready, vector
 from fused_resnet.backends.reference import channels_last
 
 _ops = torch.ops.fused_resnet_C
@@ -21,13 +21,6 @@ _THREADS, _AT_ONCE, _MOST_LANES = 256, 4, 32
 # Blocks of a pass that leaves partials: 132 SMs x 12, whole waves of 2, 3, 4 or 6 blocks an SM. More would only make
 # the second stage longer.
 _BLOCKS = 132 * 12
-
-
-def _vector(value: Tensor | None) -> Tensor | None:
-    if value is None:
-        return None
-    value = value.detach().float().contiguous()
-    return value if value.data_ptr() % 16 == 0 else value.clone()
 
 
 def _vectors(count: int, x: Tensor) -> tuple[Tensor, ...]:
@@ -76,7 +69,7 @@ def add_act_backward(grad, y, x, residual, act):
 def scale_act(x, scale, shift, residual, act):
     x = ready(x)
     out = empty(x.shape, x)
-    _ops.cuda_scale_act(x, _vector(scale), _vector(shift), ready(residual), ACT_CODES[act], out)
+    _ops.cuda_scale_act(x, vector(scale), vector(shift), ready(residual), ACT_CODES[act], out)
     return out
 
 
@@ -99,7 +92,7 @@ def normalise_act(x, mean, var, weight, bias, residual, eps, act, mask=None):
     """act((x - mean) / sqrt(var + eps) * weight + bias + residual); fills `mask` where one is given."""
     y = empty(x.shape, x)
     _ops.cuda_bn_apply(
-        x, mean, var, _vector(weight), _vector(bias), ready(residual), eps, ACT_CODES[act], y, mask
+        x, mean, var, vector(weight), vector(bias), ready(residual), eps, ACT_CODES[act], y, mask
     )  # fmt: skip
     return y
 
@@ -123,7 +116,7 @@ def finish_bn_act(z, partials, rows, weight, bias, residual, eps, act):
 
 def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs, mask=None):
     grad, x, y, residual = (ready(t) for t in (grad, x, y, residual))
-    weight, bias, mean, var = (_vector(t) for t in (weight, bias, mean, var))
+    weight, bias, mean, var = (vector(t) for t in (weight, bias, mean, var))
     nothing = x.new_empty(0)
     d_x, d_residual = (empty(x.shape, x) if needs[i] else None for i in (0, 3))
     rows = tile_rows(x)
@@ -202,7 +195,7 @@ def finish_bn_act_max_pool2d(z, partials, rows, weight, bias, eps, act, kernel, 
     mean, var = merged_statistics(z, partials, rows)
     out, argmax = _pooled(z, size)
     geometry = (*kernel, *stride, *padding)
-    weight, bias = _vector(weight), _vector(bias)
+    weight, bias = vector(weight), vector(bias)
     _ops.cuda_bn_max_pool(z, mean, var, weight, bias, eps, ACT_CODES[act], geometry, out, argmax)
     return out, argmax, mean, var
 
@@ -212,7 +205,7 @@ def bn_act_max_pool2d_backward(
 ):
     """The gradients of x (None where it is not needed), weight and bias, from that of the pooled output."""
     grad, x = ready(grad), ready(x)
-    weight, bias, mean, var = (_vector(t) for t in (weight, bias, mean, var))
+    weight, bias, mean, var = (vector(t) for t in (weight, bias, mean, var))
     pooling, code = (grad, argmax, (*kernel, *stride, *padding)), ACT_CODES[act]
     rows = tile_rows(x)
     partials = _partials(x, rows, 2)
