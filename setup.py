@@ -14,7 +14,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 ABI = "0x020b000000000000"  # LibTorch Stable ABI of torch 2.11: one library for it and everything later
-DEFAULT_ARCHS = "8.0+PTX;9.0a"  # "a" has no PTX for later GPUs
+ARCHS = (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0a").replace(" ", ";")  # "a" has no PTX for later GPUs
 
 
 def files(pattern):
@@ -53,16 +53,12 @@ def cuda_sources():
 
 def module(cpp_extension, cuda):
     """The extension with these CUDA sources; with none it is for the CPU alone."""
-    common = [
-        *(["-O0", "-g"] if switch("DEBUG") else ["-O3", "-DNDEBUG"]),
-        "-std=c++20",
-        f"-DTORCH_TARGET_VERSION={ABI}",
-    ]
+    optimise = ["-O0", "-g"] if switch("DEBUG") else ["-O3", "-DNDEBUG"]
+    common = [*optimise, "-std=c++20", f"-DTORCH_TARGET_VERSION={ABI}"]
     host = [*common, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     if cuda:
-        wanted = (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS).replace(" ", ";").split(";")
-        os.environ["TORCH_CUDA_ARCH_LIST"] = archs = ";".join(arch for arch in wanted if arch[:1] not in "34567")
-        host.append(f'-DFUSED_RESNET_CUDA="{archs}"')
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(a for a in ARCHS.split(";") if a[:1] not in "34567")
+        host.append(f'-DFUSED_RESNET_CUDA="{os.environ["TORCH_CUDA_ARCH_LIST"]}"')
         cpp_extension.CUDA_HOME = cuda_home()
     ext = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "fused_resnet._C",

@@ -184,9 +184,9 @@ def test_first_run_tells_tf32_from_fp32(monkeypatch):
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=True):
         assert cuda.trusted(problem, DEVICE)
     monkeypatch.setattr(cuda.implicit_gemm, "tf32_allowed", lambda x: True)
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        with pytest.warns(UserWarning, match="failed its first run"):
-            assert not cuda.trusted(problem, DEVICE)
+    full = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    with full, pytest.warns(UserWarning, match="failed its first run"):
+        assert not cuda.trusted(problem, DEVICE)
 
 
 def test_missing_kernels_say_why(monkeypatch):
