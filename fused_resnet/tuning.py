@@ -78,7 +78,7 @@ def tune(
         model: a network in eval mode, on the device of `example`.
         example: an input, [N, C, H, W], of the batch, size and dtype that the model will see.
         path: the plan's file; by default the user's own for this GPU, the one that is read.
-        most: candidates measured for each problem, the likeliest first.
+        most: candidates measured for each problem, the likeliest of each backend first.
         progress: wraps the list of problems, as `tqdm` does.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_resnet.backends.config import Config
 from fused_resnet.backends.cpu import ACT_CODES
-from fused_resnet.backends.cuda.family import WARPS, Family, cdiv, geometry
+from fused_resnet.backends.cuda.family import MULTIPROCESSORS, WARPS, Family, cdiv, geometry
 from fused_resnet.backends.layout import aligned
 
 NAME = "depthwise"
@@ -115,7 +115,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight_shape, args) -> Tensor:
     """
     channels, _, *window = weight_shape
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
-    tiles = min(max(cdiv(pixels, PIXELS_OF_A_PARTIAL), 1), max(cdiv(MOST_PARTIALS, cdiv(channels, 128)), 132))
+    tiles = min(max(cdiv(pixels, PIXELS_OF_A_PARTIAL), 1), max(cdiv(MOST_PARTIALS, cdiv(channels, 128)), MULTIPROCESSORS))
     workspace = torch.empty((tiles, math.prod(window), channels), dtype=torch.float32, device=grad.device)
     dweight = torch.empty(tuple(weight_shape), dtype=torch.float32, device=grad.device)
     torch.ops.fused_resnet_C.cuda_depthwise_wgrad(grad, x, _geometry(window, args), workspace, dweight)

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from fused_resnet.backends import plan
 
-# Warps that a GPU should have to hide its latencies: of the 132 SMs of an H200, 16 each.
-WARPS = 132 * 16
+# Of an H100 and H200; kernels are cut for it, and for others well enough.
+MULTIPROCESSORS = 132
+
+# Warps that a GPU should have to hide its latencies.
+WARPS = MULTIPROCESSORS * 16
 
 
 class Family(NamedTuple):

@@ -4,7 +4,7 @@ import torch
 
 from fused_resnet.backends.config import Config, shared_memory
 from fused_resnet.backends.cpu import ACT_CODES
-from fused_resnet.backends.cuda.family import Family, cdiv, geometry, tf32_allowed
+from fused_resnet.backends.cuda.family import MULTIPROCESSORS, Family, cdiv, geometry, tf32_allowed
 from fused_resnet.backends.layout import vector
 from fused_resnet.backends.problem import Problem
 from fused_resnet.backends.tunable import capability
@@ -21,8 +21,6 @@ TILES = (
 )
 HALF_ONLY = ((256, 64), (64, 128))
 
-# Blocks that a GPU runs at once; of an H100 and H200, and near enough of others.
-MULTIPROCESSORS = 132
 SPLITS = (2, 3, 4, 6, 8, 12, 16)
 LEAST_STEPS = 4  # of a split: it takes three to fill the pipeline
 

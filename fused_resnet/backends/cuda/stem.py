@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_resnet.backends.config import SHARED_MEMORY, Config
 from fused_resnet.backends.cpu import ACT_CODES
-from fused_resnet.backends.cuda.family import Family, cdiv, geometry, tf32_allowed
+from fused_resnet.backends.cuda.family import MULTIPROCESSORS, Family, cdiv, geometry, tf32_allowed
 
 NAME = "stem"
 # Output rows of a block, 16 pixels a warp's times, output channels.
@@ -20,7 +20,6 @@ BLOCKS = ("ROWS", "TIMES", "CHANNELS")
 MOST_TAPS = 7  # in each direction
 CELL = 8  # elements of K, as in csrc/cuda/stem.cu
 MOST_SHARED = min(SHARED_MEMORY.values())  # that a block has on every device
-SMS = 132  # of an H200
 
 
 def unsupported(problem, capability) -> str:
@@ -67,7 +66,7 @@ def configs(problem, capability) -> list[Config]:
     n, k, p, _ = problem.output
     channels = 32 if k <= 32 else 64
     fit = [rows for rows in (8, 4, 2, 1) if (rows <= p or rows == 1) and _columns(problem, rows, channels)]
-    filling = [rows for rows in fit if n * cdiv(p, rows) * cdiv(k, channels) >= 2 * SMS] or fit[-1:]
+    filling = [rows for rows in fit if n * cdiv(p, rows) * cdiv(k, channels) >= 2 * MULTIPROCESSORS] or fit[-1:]
     even = problem.stride[1] * problem.x[1] % 2 == 0
     times = (2, 4) if problem.dtype != torch.float32 and even else (2,)
     return [Config(NAME, (rows, t, channels), 4, 1) for rows in filling[:2] for t in times]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_resnet.backends import reference
 from fused_resnet.backends.cpu import ACT_CODES
+from fused_resnet.backends.cuda.family import MULTIPROCESSORS
 from fused_resnet.backends.layout import empty, ready, vector
 from fused_resnet.backends.reference import channels_last
 
@@ -18,9 +19,9 @@ _ops = torch.ops.fused_resnet_C
 # Of csrc/cuda/rows.h: threads and rows at once of a thread, and bytes that a block takes of a row.
 _THREADS, _AT_ONCE, _MOST_LANES = 256, 4, 32
 
-# Blocks of a pass that leaves partials: 132 SMs x 12, whole waves of 2, 3, 4 or 6 blocks an SM. More would only make
+# Blocks of a pass that leaves partials: whole waves of 2, 3, 4 or 6 blocks a multiprocessor. More would only make
 # the second stage longer.
-_BLOCKS = 132 * 12
+_BLOCKS = MULTIPROCESSORS * 12
 
 
 def _vectors(count: int, x: Tensor) -> tuple[Tensor, ...]:
