@@ -115,7 +115,8 @@ def weight_gradient(grad: Tensor, x: Tensor, weight_shape, args) -> Tensor:
     """
     channels, _, *window = weight_shape
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
-    tiles = min(max(cdiv(pixels, PIXELS_OF_A_PARTIAL), 1), max(cdiv(MOST_PARTIALS, cdiv(channels, 128)), MULTIPROCESSORS))
+    most = max(cdiv(MOST_PARTIALS, cdiv(channels, 128)), MULTIPROCESSORS)
+    tiles = min(max(cdiv(pixels, PIXELS_OF_A_PARTIAL), 1), most)
     workspace = torch.empty((tiles, math.prod(window), channels), dtype=torch.float32, device=grad.device)
     dweight = torch.empty(tuple(weight_shape), dtype=torch.float32, device=grad.device)
     torch.ops.fused_resnet_C.cuda_depthwise_wgrad(grad, x, _geometry(window, args), workspace, dweight)
