@@ -1,4 +1,4 @@
-// What the kernels use of a GPU beyond C++: element types, asynchronous copies, matrix fragments, a warp's exchange.
+// What the kernels use of a GPU beyond C++: element types, asynchronous copies, matrix fragments.
 // The tests compile the same kernels for the CPU against tests/emulator/device.h, which has the same names.
 #pragma once
 
@@ -101,14 +101,12 @@ FUSED_RESNET_DEVICE std::uint32_t as_bits(float value) {
   return __float_as_uint(value);
 }
 
-// The value of the lane whose number differs in the bits of `lanes`. All 32 lanes of a warp call it together.
-FUSED_RESNET_DEVICE float shuffle_xor(float value, int lanes) {
-  return __shfl_xor_sync(0xffffffffu, value, lanes);
-}
-
 FUSED_RESNET_DEVICE float exponential(float value) {
   return expf(value);
 }
+
+// The GPU itself refuses an address that is no multiple of what is read or written there at once.
+FUSED_RESNET_DEVICE void check_aligned(const void*, std::size_t) {}
 
 }  // namespace fused_resnet::cuda
 #endif
@@ -138,11 +136,13 @@ struct alignas(sizeof(T) * kN) Pack {
 
 template <class T, int kN>
 FUSED_RESNET_DEVICE Pack<T, kN> load_pack(const T* pointer) {
+  check_aligned(pointer, sizeof(Pack<T, kN>));
   return *reinterpret_cast<const Pack<T, kN>*>(pointer);
 }
 
 template <class T, int kN>
 FUSED_RESNET_DEVICE void store_pack(T* pointer, const Pack<T, kN>& pack) {
+  check_aligned(pointer, sizeof(pack));
   *reinterpret_cast<Pack<T, kN>*>(pointer) = pack;
 }
 

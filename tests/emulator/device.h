@@ -3,8 +3,9 @@
 // The threads of a block are fibers of one thread of the system. Each runs until it has to wait: at a barrier of the
 // block, or where a warp does something together. Shared memory and what cp.async has not delivered are NaN; a copy is
 // done when its thread waits for it, and no sooner. Barriers that some threads miss, warps that part, and addresses
-// outside of the block's shared memory are errors. `order` says which warp runs first: a kernel whose result
-// depends on it lacks a barrier.
+// outside of the block's shared memory are errors, and so is what a GPU would refuse: accesses that are not aligned,
+// and more shared memory than a block has. `order` says which warp runs first: a kernel whose result depends on it
+// lacks a barrier.
 #pragma once
 
 #include <cmath>
@@ -18,6 +19,8 @@
 #define FUSED_RESNET_DEVICE inline
 
 namespace emulator {
+
+constexpr std::size_t kMostShared = 163 << 10;  // bytes that a block has on sm_80
 
 struct Index {
   unsigned x = 0;
@@ -33,7 +36,6 @@ struct Exchange {
   void (*run)(Exchange* const* lanes);
   const void* in[3];
   void* out;
-  int number;
 };
 
 void launch(int blocks, int threads, std::size_t shared, const std::function<void()>& body);
@@ -41,6 +43,7 @@ void wait_for_block();
 void wait_for_warp(Exchange& exchange);
 unsigned char* block_memory();
 void check_shared(const void* address, int bytes);
+[[noreturn]] void fail_alignment();
 void copy_later(void* shared, const void* global, bool valid);
 void commit();
 void wait_for_copies(int pending);
@@ -56,7 +59,6 @@ struct NoGuard {
 #define blockDim ::emulator::block_size
 #define gridDim ::emulator::grid_size
 #define __syncthreads ::emulator::wait_for_block
-#define __syncwarp ::fused_resnet::cuda::sync_warp
 
 namespace fused_resnet::cuda {
 
@@ -90,11 +92,6 @@ inline std::uint32_t as_bits(float value) {
   return bits;
 }
 
-inline void sync_warp() {
-  emulator::Exchange exchange{"__syncwarp", [](emulator::Exchange* const*) {}, {}, nullptr, 0};
-  emulator::wait_for_warp(exchange);
-}
-
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* shared) {
   emulator::check_shared(shared, 16);
   emulator::Exchange exchange{"ldmatrix",
@@ -107,23 +104,8 @@ inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* shared) {
                                   }
                               },
                               {shared},
-                              r,
-                              0};
+                              r};
   emulator::wait_for_warp(exchange);
-}
-
-inline float shuffle_xor(float value, int lanes) {
-  float result;
-  emulator::Exchange exchange{"shuffle",
-                              [](emulator::Exchange* const* all) {
-                                for (int lane = 0; lane < 32; ++lane)
-                                  std::memcpy(all[lane]->out, all[lane ^ all[lane]->number]->in[0], 4);
-                              },
-                              {&value},
-                              &result,
-                              lanes};
-  emulator::wait_for_warp(exchange);
-  return result;
 }
 
 // As tensor cores do it (Fasi et al. 2021, doi 10.7717/peerj-cs.330), without their few bits more or less.
@@ -174,13 +156,13 @@ struct WidenTf32 {
 template <class T>
 void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   const std::uint32_t b[2] = {b0, b1};
-  emulator::Exchange exchange{"mma", multiply<2, WidenHalf<T>>, {a, b}, d, 0};
+  emulator::Exchange exchange{"mma", multiply<2, WidenHalf<T>>, {a, b}, d};
   emulator::wait_for_warp(exchange);
 }
 
 inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   const std::uint32_t b[2] = {b0, b1};
-  emulator::Exchange exchange{"mma_tf32", multiply<1, WidenTf32>, {a, b}, d, 0};
+  emulator::Exchange exchange{"mma_tf32", multiply<1, WidenTf32>, {a, b}, d};
   emulator::wait_for_warp(exchange);
 }
 
@@ -192,6 +174,10 @@ inline std::uint32_t to_tf32(float value) {
 
 inline float exponential(float value) {
   return std::exp(value);
+}
+
+inline void check_aligned(const void* address, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(address) % bytes) emulator::fail_alignment();
 }
 
 }  // namespace fused_resnet::cuda

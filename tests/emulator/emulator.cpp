@@ -131,6 +131,9 @@ void run_block(int count) {
 void launch(int blocks, int count, std::size_t shared, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_launch);
   if (count % kWarp || count > 1024) throw std::runtime_error("a block must be whole warps, at most 32");
+  if (shared > kMostShared)
+    throw std::runtime_error("emulator: a block takes " + std::to_string(shared) + " bytes of shared memory, of " +
+                             std::to_string(kMostShared));
   const char* wanted = std::getenv("FUSED_RESNET_EMULATOR_ORDER");
   order = wanted ? std::atoi(wanted) : 0;
   threads.resize(count);
@@ -159,6 +162,10 @@ void check_shared(const void* address, int bytes) {
   const auto* begin = block_memory();
   if (at < begin || at + bytes > begin + shared_memory.size() - 128) fail("an address outside of shared memory");
   if ((at - begin) % bytes) fail("an address in shared memory that is not aligned");
+}
+
+void fail_alignment() {
+  fail("an access that is not aligned");
 }
 
 void wait_for_block() {
