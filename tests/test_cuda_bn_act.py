@@ -249,13 +249,47 @@ def test_cuda_bn_cancellation(ratio):
     assert (y - normal).abs().max() <= allowed * normal.abs().max()
 
 
-@pytest.mark.parametrize("constant", [0.0, 0.1, -1e4, 1e6, 3e38], ids=str)
-def test_cuda_bn_constant_channels(constant):
-    x = torch.full((3, 5, 7, 3), constant, device=DEVICE)
-    _, mean, var = training.bn_act(x, None, None, None, 1e-5, "none")
-    if constant < 1e38:
-        assert torch.equal(mean, x[0, :, 0, 0])
-        assert not var.any()
+@pytest.mark.parametrize("constant", [0.0, 0.1, -1e4, 1e6, 6e30, 3e38, -3.4e38], ids=str)
+@pytest.mark.parametrize("channels", [5, 8])
+def test_cuda_bn_constant_channels(channels, constant):
+    x = torch.full((3, channels, 7, 3), constant, device=DEVICE)
+    y, mean, var = training.bn_act(x, None, None, None, 1e-5, "none")
+    assert torch.equal(mean, x[0, :, 0, 0])
+    assert not var.any()
+    assert not y.any()
+
+
+# Beyond 1.8e19 squares overflow, beyond 1.7e38 differences do, and far below the sums of many.
+@dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("channels", [5, 8])
+@pytest.mark.parametrize("scale", [1e17, 1e18, 1e25, 1e37])
+def test_cuda_bn_large_values(scale, channels, dtype):
+    """The mean and the variance are right wherever fp32 has them, and Inf where the variance has none."""
+    x = (torch.randn(8, channels, 17, 31) * 3 - 2) * scale
+    _check_large(x.to(DEVICE, dtype))
+
+
+@dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("value", [3e19, 2e38, 3.3e38])
+def test_cuda_bn_large_values_of_both_signs(value, dtype):
+    signs = torch.where(torch.rand(3, 8, 9, 9) < 0.5, -1.0, 1.0)
+    signs[..., 1] = 1  # so that no mean is zero but for the signs' luck
+    _check_large((signs * value).to(DEVICE, dtype))
+
+
+def _check_large(x):
+    variance, truth = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    aten = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    y, mean, var = training.bn_act(x, None, None, None, 1e-5, "none")
+    assert_two_times(mean, aten[1], truth, "mean")
+    assert torch.equal(var.isinf(), variance.float().isinf())
+    finite = var.isfinite()
+    if finite.any():
+        assert_two_times(var[finite], aten[0][finite], variance[finite], "variance")
+        few = x[:, finite]
+        assert_two_times(y[:, finite], eager_bn_act(few, act="none"), eager_bn_act(few.double(), act="none"))
+    representable = (x.float() - mean.view(-1, 1, 1)).isfinite()
+    assert not y[~finite.view(-1, 1, 1) & representable].any()
 
 
 @dtypes()

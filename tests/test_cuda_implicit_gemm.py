@@ -21,7 +21,7 @@ from cuda_kernels import DEVICE, IN_EMULATOR, both_orders, library, sparse
 from problems import dtypes, poisoned
 from tolerances import assert_two_times, tolerance
 
-from fused_resnet.backends.cuda import implicit_gemm
+from fused_resnet.backends.cuda import implicit_gemm, training
 from fused_resnet.backends.cuda.family import geometry
 from fused_resnet.backends.reference import channels_last
 
@@ -93,7 +93,7 @@ def test_implicit_gemm_nan_and_inf(dtype):
 @pytest.mark.parametrize("case", [PROBLEMS[0], PROBLEMS[5], PROBLEMS[7], PROBLEMS[10]], ids=str)
 @dtypes()
 def test_implicit_gemm_moments(case, dtype):
-    """Batch norm's first stage: count, mean and M2 of each tile, of what was rounded and stored."""
+    """Batch norm's first stage: mean and variance of each tile, of what was rounded and stored."""
     case = case._replace(dtype=dtype, residual=False, act="none")
     x, weight, *_ = random_numbers(case)
     bias = torch.randn(case.weight[0], device=DEVICE) * 1000
@@ -103,12 +103,34 @@ def test_implicit_gemm_moments(case, dtype):
     eager = F.conv2d(x.cpu(), weight.cpu(), None, *args).float() + bias.cpu().view(1, -1, 1, 1)
     assert_two_times(z.cpu(), eager.to(dtype), plain_z)
     flat = z.cpu().double().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-    high, low, m2 = partials.cpu().double().unbind(1)
+    high, low, variance = partials.cpu().double().unbind(1)
     for tile, part in enumerate(flat.split(rows)):
-        mean, deviations = part.mean(0), ((part - part.mean(0)) ** 2).sum(0)
+        wanted, mean = torch.var_mean(part, 0, correction=0)
         allowed = tolerance("tile_moments")
-        assert (high[tile] + low[tile] - mean).abs().le(allowed * (deviations / len(part)).sqrt()).all()
-        assert (m2[tile] - deviations).abs().le(allowed * deviations).all()
+        assert (high[tile] + low[tile] - mean).abs().le(allowed * wanted.sqrt()).all()
+        assert (variance[tile] - wanted).abs().le(allowed * wanted).all()
+
+
+@dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("value", [1e18, 3e19, 2e38])
+def test_implicit_gemm_moments_of_large_values(value, dtype):
+    """Whose squares, differences or sums overflow; the first channel is constant, and the last one infinite."""
+    case = problem((2, 16, 9, 19), 16, 1, act="none")._replace(dtype=dtype)
+    x = torch.where(torch.rand(case.x) < 0.5, -value, value).to(DEVICE, dtype)
+    x[:, 0] = value
+    bias = torch.zeros(16, device=DEVICE)
+    bias[-1] = torch.inf
+    weight = torch.eye(16, device=DEVICE, dtype=dtype).view(case.weight)
+    args = (case.stride, case.padding, case.dilation, case.groups)
+    z, partials, rows = implicit_gemm.with_moments(channels_last(x), weight, bias, args)
+    mean, var = training.merged_statistics(z, partials, rows)
+    aten, truth = (torch.var_mean(t[:, :-1], (0, 2, 3), correction=0) for t in (z.float(), z.double()))
+    assert_two_times(mean[:-1], aten[1], truth[1], "mean")
+    finite = truth[0].float().isfinite()
+    assert torch.equal(var[:-1].isinf(), ~finite)
+    assert_two_times(var[:-1][finite], aten[0][finite], truth[0][finite], "variance")
+    assert (mean[-1], var[0]) == (torch.inf, 0)
+    assert var[-1].isnan()
 
 
 @both_orders

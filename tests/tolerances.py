@@ -75,8 +75,8 @@ TOLERANCES = {
     ),
     "tile_moments": Tolerance(
         2e-6,
-        "the mean, relative to the deviation, and the M2 of at most 256 rows in fp32, about the first of them: their "
-        "differences and sums round by 6e-8 of a few deviations, at random",
+        "the mean, relative to the deviation, and the variance of at most 256 rows in fp32, about the first of them: "
+        "their differences and sums round by 6e-8 of a few deviations, at random",
     ),
     "cancellation": Tolerance(
         4.0,

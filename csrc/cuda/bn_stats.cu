@@ -3,6 +3,7 @@
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/rows.h"
+#include "cuda/tile_moments.h"
 
 namespace fused_resnet::cuda {
 namespace {
@@ -12,10 +13,9 @@ FUSED_RESNET_DEVICE float count_from(int first, int step, std::int64_t count) {
   return first < count ? static_cast<float>((count - first - 1) / step + 1) : 0.0f;
 }
 
-// partials[tile] = the high part and the rest of the mean, and M2, the sum of squared deviations from it, over the
-// tile, in fp32 of x - centre. The centre is the tile's first row, which keeps a mean a million deviations away from
-// zero out of the sums; or 0 where that row is not finite (so that Inf - Inf never occurs and the mean of Inf is Inf)
-// or so large that a difference might overflow.
+// partials[tile] = the moments of the tile (tile_moments.h), in fp32 of x - centre. The centre is the tile's first row,
+// which keeps a mean a million deviations away from zero out of the sums. Moments that are not finite are those of rows
+// that are not, or of numbers beyond 1e18 whose squares or sums overflow: such a channel is read once more.
 template <class T, int kN>
 __global__ void __launch_bounds__(RowGrid::kThreads) bn_stats_kernel(const T* x, float* partials, RowGrid grid) {
   const RowTile tile(grid, kN);
@@ -23,10 +23,8 @@ __global__ void __launch_bounds__(RowGrid::kThreads) bn_stats_kernel(const T* x,
   if (tile.inside) {
     const auto first = load_pack<T, kN>(x + tile.row * grid.channels + tile.channel);
 #pragma unroll
-    for (int e = 0; e < kN; ++e) {
-      const float value = widen(first, e);
-      centre[e] = std::fabs(value) < 0x1p102f ? value : 0.0f;
-    }
+    for (int e = 0; e < kN; ++e)
+      centre[e] = widen(first, e);
   }
 
   // The rows at once give their own sum and M2, which are merged into those of the rows before.
@@ -70,19 +68,28 @@ __global__ void __launch_bounds__(RowGrid::kThreads) bn_stats_kernel(const T* x,
   });
   if (tile.line != 0 || !tile.inside) return;
 
-  float high[kN], low[kN], m2[kN];
+  float high[kN], low[kN], variance[kN];
+  const std::int64_t rows = tile.end - tile.row;
+  const double inverse = 1.0 / static_cast<double>(rows);
+  unsigned again = 0;  // a bit a channel
 #pragma unroll
   for (int e = 0; e < kN; ++e) {
-    const double mean = centre[e] + static_cast<double>(moments[e]) / static_cast<double>(tile.end - tile.row);
-    high[e] = static_cast<float>(mean);
-    low[e] = static_cast<float>(mean - high[e]);
-    low[e] = low[e] == low[e] ? low[e] : 0.0f;  // of an infinite mean
-    m2[e] = moments[kN + e];
+    const PartialMoments partial(centre[e] + moments[e] * inverse, moments[kN + e] * inverse);
+    high[e] = partial.high, low[e] = partial.low, variance[e] = partial.variance;
+    again |= (partial.finite() ? 0u : 1u) << e;
   }
   float* out = partials + tile.index * 3 * grid.channels + tile.channel;
   store_channels(out, high);
   store_channels(out + grid.channels, low);
-  store_channels(out + 2 * grid.channels, m2);
+  store_channels(out + 2 * grid.channels, variance);
+#pragma unroll 1
+  for (int e = 0; again >> e; ++e) {
+    if (!(again >> e & 1)) continue;
+    const T* column = x + tile.row * grid.channels + tile.channel + e;
+    PartialMoments::taken_again(rows, [&](std::int64_t i) {
+      return static_cast<float>(column[i * grid.channels]);
+    }).store(out + e, grid.channels);
+  }
 }
 
 // The second stage: a block merges the tiles of 8 channels, 128 of them at a time, in fp64.
@@ -130,7 +137,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const double centre = sum / static_cast<double>(rows);
   const double m2 = sum_of_tiles(tiles, c < channels, [&](std::int64_t t) {
     const double d = partial(t, 0) + partial(t, 1) - centre;
-    return partial(t, 2) + here(t) * d * d;
+    return here(t) * (partial(t, 2) + d * d);
   });
   if (threadIdx.x >= kMergeChannels || c >= channels) return;
   mean[c] = static_cast<float>(centre);

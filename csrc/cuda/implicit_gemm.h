@@ -282,9 +282,11 @@ FUSED_RESNET_DEVICE void store_moments(const Output<T, Tile>& tile, unsigned cha
     TileMoments whole = moments[column];
     for (int i = 1; i < kParts; ++i)
       whole.merge(moments[i * Tile::kN + column]);
-    partials[column] = whole.high;
-    partials[k + column] = whole.low;
-    partials[2 * k + column] = whole.m2;
+    PartialMoments partial = whole.partial();
+    if (!partial.finite())
+      partial = PartialMoments::taken_again(
+          tile.rows(), [&](std::int64_t i) { return static_cast<float>(*tile.element(static_cast<int>(i), column)); });
+    partial.store(partials + column, k);
   }
 }
 

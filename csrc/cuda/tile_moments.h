@@ -1,51 +1,83 @@
-// Mean and M2 of some rows of a channel, as a kernel leaves them for those who merge the tiles.
+// Mean and variance of a tile of rows of a channel, as a kernel leaves them for those who merge the tiles.
 #pragma once
 
 #include "cuda/device.h"
 
 namespace fused_resnet::cuda {
 
-// The mean is the sum of two floats, high and low: with a mean a million deviations away from zero, the differences of
-// two tiles' means are still exact to the bits that count.
+// What lies in memory, partials [tiles, 3, channels]. The mean is the sum of two floats, high and low: with a mean a
+// million deviations away from zero, the differences of two tiles' means are still exact to the bits that count. The
+// variance, and not the sum of squares, because that overflows earlier.
+struct PartialMoments {
+  float high, low, variance;
+
+  FUSED_RESNET_DEVICE PartialMoments(double mean, double variance)
+      : high(static_cast<float>(mean)),
+        low(is_finite(high) ? static_cast<float>(mean - high) : 0.0f),
+        variance(static_cast<float>(variance)) {}
+
+  // What the kernels sum up in fp32 must be taken again where it is not. Nothing that overflows there ends up finite.
+  FUSED_RESNET_DEVICE bool finite() const { return is_finite(high) && is_finite(variance); }
+
+  FUSED_RESNET_DEVICE void store(float* partials, std::int64_t channels) const {
+    partials[0] = high;
+    partials[channels] = low;
+    partials[2 * channels] = variance;
+  }
+
+  // Of rows at(0), ..., at(count - 1), in fp64, where no sum of finite floats overflows; the mean of Inf is Inf.
+  template <class At>
+  FUSED_RESNET_DEVICE static PartialMoments taken_again(std::int64_t count, const At& at) {
+    double sum = 0.0, m2 = 0.0;
+#pragma unroll 1
+    for (std::int64_t i = 0; i < count; ++i)
+      sum += static_cast<double>(at(i));
+    const double mean = sum / static_cast<double>(count);
+#pragma unroll 1
+    for (std::int64_t i = 0; i < count; ++i) {
+      const double d = static_cast<double>(at(i)) - mean;
+      m2 += d * d;
+    }
+    return {mean, m2 / static_cast<double>(count)};
+  }
+};
+
+// The moments of `count` rows, x = centre + d, while they are summed up in fp32: where one of them is not finite, they
+// say no more than that.
 struct TileMoments {
   float count = 0.0f, high = 0.0f, low = 0.0f, m2 = 0.0f;
 
-  // Of x = centre + d, where d has this mean and M2.
-  FUSED_RESNET_HOST_DEVICE static TileMoments about(float centre, float count, float mean, float m2) {
-    TileMoments moments{count, centre + mean, 0.0f, m2};
-    moments.low = is_finite(moments.high) ? mean - (moments.high - centre) : 0.0f;
-    return moments;
+  // d has this mean and M2.
+  FUSED_RESNET_DEVICE static TileMoments about(float centre, float count, float mean, float m2) {
+    const float high = centre + mean;
+    return {count, high, mean - (high - centre), m2};
   }
 
-  FUSED_RESNET_HOST_DEVICE void merge(const TileMoments& other) {
+  FUSED_RESNET_DEVICE void merge(const TileMoments& other) {
     if (other.count == 0.0f) return;
     const MergeWeights<float> weights(count, other.count);
     const float before = high;
     float moved = 0.0f;
     weights.merge(moved, m2, (other.high - high) + (other.low - low), other.m2);
     high = before + (low + moved);
-    low = is_finite(high) ? (before - high) + (low + moved) : 0.0f;
+    low = (before - high) + (low + moved);
     count += other.count;
+  }
+
+  FUSED_RESNET_DEVICE PartialMoments partial() const {
+    return {static_cast<double>(high) + static_cast<double>(low), static_cast<double>(m2 / count)};
   }
 };
 
-// The moments of rows at(0), ..., at(count - 1), taken of their differences to the first, which cancel nothing. Where
-// those are not numbers, as Inf - Inf, the mean is the plain one, and so Inf where aten's is.
+// The moments of rows at(0), ..., at(count - 1), taken of their differences to the first, which cancel nothing.
 template <class At>
-FUSED_RESNET_HOST_DEVICE TileMoments moments_of(int count, const At& at) {
+FUSED_RESNET_DEVICE TileMoments moments_of(int count, const At& at) {
   if (count <= 0) return {};
-  const float centre = at(0), inverse = 1.0f / static_cast<float>(count);
-  float sum = 0.0f;
+  const float centre = at(0);
+  float sum = 0.0f, m2 = 0.0f;
   for (int i = 1; i < count; ++i)
     sum += at(i) - centre;
-  const float mean = sum * inverse;
-  if (!is_finite(mean)) {
-    float plain = 0.0f;
-    for (int i = 0; i < count; ++i)
-      plain += at(i);
-    return {static_cast<float>(count), plain * inverse, 0.0f, plain - plain};
-  }
-  float m2 = 0.0f;
+  const float mean = sum * (1.0f / static_cast<float>(count));
   for (int i = 0; i < count; ++i) {
     const float d = at(i) - centre - mean;
     m2 += d * d;
