@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "cuda/arguments.h"
 #include "cuda/device.h"
 
 #if !defined(FUSED_RESNET_EMULATED)
@@ -19,13 +20,12 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace fused_resnet::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 #if !defined(FUSED_RESNET_EMULATED)
 // torch's own check is not in a torch without CUDA.
 inline void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", what, " failed: ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // it is told here, and by no later call
+  STD_TORCH_CHECK(false, "CUDA: ", what, " failed: ", cudaGetErrorString(error));
 }
 #endif
 
