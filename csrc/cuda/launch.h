@@ -98,8 +98,10 @@ class Launcher {
 #if defined(FUSED_RESNET_EMULATED)
     emulator::launch(static_cast<int>(blocks), threads, shared, [&] { kernel(static_cast<Params>(args)...); });
 #else
-    if (shared > kSharedByDefault)
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "more shared memory");
+    if (shared > kSharedByDefault &&
+        (shared > INT32_MAX || cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    static_cast<int>(shared)) != cudaSuccess))
+      refuse_shared(shared);
     cudaLaunchConfig_t config{};
     config.gridDim = static_cast<unsigned>(blocks);
     config.blockDim = static_cast<unsigned>(threads);
@@ -110,6 +112,16 @@ class Launcher {
   }
 
  private:
+#if !defined(FUSED_RESNET_EMULATED)
+  void refuse_shared(std::size_t asked) const {
+    const cudaError_t error = cudaGetLastError();
+    int most = 0;
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "cudaDeviceGetAttribute");
+    STD_TORCH_CHECK(false, "CUDA: a block takes ", asked, " bytes of shared memory, of ", most, " that device ",
+                    device_, " has: ", cudaGetErrorString(error));
+  }
+#endif
+
   std::int32_t device_;
 #if defined(FUSED_RESNET_EMULATED)
   emulator::NoGuard guard_;
