@@ -177,12 +177,12 @@ def test_implicit_gemm_wrong_input():
         )
 
     for message, options in {
-        "the packed weight does not fit": {"weights": weights[:, :-8].contiguous()},
-        "x, weight and out must have one dtype": {"weights": weights.float()},
-        "geometry is R, S": {"geometry": where[:-1]},
-        "there is no tile of 96 x 64": {"tile": (96, 64)},
-        "more splits than steps": {"sums": torch.empty(99, 1, 1, device=DEVICE)},
-        "sums do not fit": {"sums": torch.empty(2, 1, 1, device=DEVICE)},
+        "weight is Half .72, 568. .* expected .K, at least 576": {"weights": weights[:, :-8].contiguous()},
+        "weight is Float .* expected contiguous Half": {"weights": weights.float()},
+        "geometry is 8 numbers; expected 9": {"geometry": where[:-1]},
+        "tile is 96 x 64; expected": {"tile": (96, 64)},
+        "the splits of sums is 99; expected 1 to 9": {"sums": torch.empty(99, 1, 1, device=DEVICE)},
+        "sums is Float .2, 1, 1.": {"sums": torch.empty(2, 1, 1, device=DEVICE)},
     }.items():
         with pytest.raises(RuntimeError, match=message):
             conv(**options)

@@ -146,9 +146,9 @@ def test_stem_wrong_input():
     weights = stem.pack(weight, case, stem.configs(case, CAPABILITY)[0])
     out = channels_last(torch.empty(case.output, dtype=case.dtype, device=DEVICE))
     for message, packed, tile in (
-        ("packed otherwise", weights[..., :1].contiguous(), (2, 9, 2, 64)),
-        ("32 or 64 channels", weights, (2, 9, 2, 16)),
-        ("even columns", weights, (2, 5, 2, 64)),
+        ("weight is Half", weights[..., :1].contiguous(), (2, 9, 2, 64)),
+        ("expected 32 or 64", weights, (2, 9, 2, 16)),
+        ("expected a whole row, or even", weights, (2, 5, 2, 64)),
     ):
         args = (x, packed, scale, shift, residual, geometry(case), tile, False, 1, out)
         with pytest.raises(RuntimeError, match=message):

@@ -83,6 +83,11 @@ std::int64_t blocks(std::int64_t count, int width) {
 }  // namespace
 
 void add_act_fwd(Tensor x, Tensor residual, std::int64_t act, Tensor y) {
+  const Arguments args("add_act_fwd", x);
+  args.image(x, "x");
+  args.like(residual, x, "residual");
+  args.activation(act);
+  args.like(y, x, "y");
   const Launcher launch(x);
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
@@ -98,6 +103,19 @@ void add_act_fwd(Tensor x, Tensor residual, std::int64_t act, Tensor y) {
 
 void add_act_bwd(Tensor dy, std::optional<Tensor> y, std::optional<Tensor> x, std::optional<Tensor> residual,
                  std::int64_t act, Tensor dx) {
+  const Arguments args("add_act_bwd", dy);
+  args.image(dy, "dy");
+  args.number(act, kRelu, "act", kSilu);
+  if (act == kRelu || act == kRelu6) {
+    args.given(y, "y", "the output, which tells the slope of a clamp");
+  } else {
+    args.given(x, "x", "the inputs, which tell the slope");
+    args.given(residual, "residual", "the inputs, which tell the slope");
+  }
+  args.like(y, dy, "y");
+  args.like(x, dy, "x");
+  args.like(residual, dy, "residual");
+  args.like(dx, dy, "dx");
   const Launcher launch(dy);
   with_dtype(dy, [&](auto t) {
     using T = decltype(t);

@@ -54,11 +54,31 @@ void with_limited_act(std::int64_t act, const Body& body) {
   body(std::integral_constant<int, kNone>{});
 }
 
-std::uint8_t* mask_bytes(const std::optional<Tensor>& mask, const Tensor& x, int width, std::int64_t act) {
-  if (!mask) return nullptr;
-  STD_TORCH_CHECK(act == kNone || act == kRelu || act == kRelu6, "a mask tells only the slope of a clamp");
-  STD_TORCH_CHECK(mask->numel() == x.numel() / width, "the mask does not fit");
-  return static_cast<std::uint8_t*>(mask->mutable_data_ptr());
+std::uint8_t* mask_bytes(const std::optional<Tensor>& mask) {
+  return mask ? static_cast<std::uint8_t*>(mask->mutable_data_ptr()) : nullptr;
+}
+
+void check_mask(const Arguments& args, const std::optional<Tensor>& mask, const Tensor& x, std::int64_t act) {
+  if (!mask) return;
+  if (act == kHardswish || act == kSilu) args.refuse("mask", "given", "None: it tells only the slope of a clamp");
+  const std::int64_t wide = 16 / x.element_size(), width = x.size(1) % wide ? 1 : wide;
+  args.matrix(*mask, ScalarType::Byte, 1, x.numel() / width, "mask", 1);
+}
+
+void check_gradient(const Arguments& args, const Tensor& dy, const Tensor& x, const std::optional<Tensor>& y,
+                    const std::optional<Tensor>& mask, const std::optional<Tensor>& residual,
+                    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& mean,
+                    const Tensor& var, std::int64_t act) {
+  args.image(x, "x");
+  args.like(dy, x, "dy");
+  args.like(y, x, "y");
+  args.activation(act);
+  check_mask(args, mask, x, act);
+  args.like(residual, x, "residual");
+  args.vector(weight, x.size(1), "weight");
+  args.vector(bias, x.size(1), "bias");
+  args.vector(mean, x.size(1), "mean");
+  args.vector(var, x.size(1), "var");
 }
 
 void apply(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
@@ -70,7 +90,7 @@ void apply(const Tensor& x, const std::optional<Tensor>& residual, const std::op
     with_width<T>(x.size(1), [&](auto width) {
       auto in = bn_args<T>(x, residual, mean, var, weight, bias, eps, act);
       in.out = static_cast<T*>(out.mutable_data_ptr());
-      in.mask = mask_bytes(mask, x, width(), act);
+      in.mask = mask_bytes(mask);
       const RowGrid grid(x.numel() / x.size(1), x.size(1), width());
       with_limited_act(act, [&](auto code) {
         launch(residual ? bn_apply_kernel<T, width(), code(), true> : bn_apply_kernel<T, width(), code(), false>,
@@ -97,16 +117,37 @@ void launch_backward(const Launcher& launch, const BnArgs<T>& in, std::int64_t a
 
 void bn_apply(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
               std::optional<Tensor> residual, double eps, std::int64_t act, Tensor y, std::optional<Tensor> mask) {
+  const Arguments args("bn_apply", x);
+  args.image(x, "x");
+  args.vector(mean, x.size(1), "mean");
+  args.vector(var, x.size(1), "var");
+  args.vector(weight, x.size(1), "weight");
+  args.vector(bias, x.size(1), "bias");
+  args.like(residual, x, "residual");
+  args.activation(act);
+  args.like(y, x, "y");
+  check_mask(args, mask, x, act);
   apply(x, residual, mean, var, weight, bias, eps, act, y, mask);
 }
 
 void scale_act(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual, std::int64_t act, Tensor out) {
+  const Arguments args("scale_act", x);
+  args.image(x, "x");
+  args.vector(scale, x.size(1), "scale");
+  args.vector(shift, x.size(1), "shift");
+  args.like(residual, x, "residual");
+  args.activation(act);
+  args.like(out, x, "out");
   apply(x, residual, std::nullopt, std::nullopt, scale, shift, 0.0, act, out, std::nullopt);
 }
 
 void bn_reduce(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tensor> mask, std::optional<Tensor> residual,
                std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var, double eps,
                std::int64_t act, std::int64_t tile_rows, Tensor partials, std::optional<Tensor> dresidual) {
+  const Arguments args("bn_reduce", x);
+  check_gradient(args, dy, x, y, mask, residual, weight, bias, mean, var, act);
+  args.partials(partials, x, tile_rows, 2);
+  args.like(dresidual, x, "dresidual");
   const Launcher launch(x);
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
@@ -114,11 +155,10 @@ void bn_reduce(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tenso
       auto in = bn_args<T>(x, residual, mean, var, weight, bias, eps, act);
       in.dy = static_cast<const T*>(dy.const_data_ptr());
       in.y = static_cast<const T*>(data_or_null(y));
-      in.mask = mask_bytes(mask, x, width(), act);
+      in.mask = mask_bytes(mask);
       in.partials = floats(partials);
       in.dresidual = dresidual ? static_cast<T*>(dresidual->mutable_data_ptr()) : nullptr;
       const RowGrid grid(x.numel() / x.size(1), x.size(1), width(), tile_rows);
-      STD_TORCH_CHECK(partials.numel() == grid.row_tiles() * 2 * x.size(1), "bn_reduce: partials do not fit");
       launch_backward<width()>(launch, in, act, grid);
     });
   });
@@ -127,6 +167,11 @@ void bn_reduce(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tenso
 void bn_input_grad(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tensor> mask,
                    std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
                    Tensor mean, Tensor var, Tensor mean_g, Tensor slope, double eps, std::int64_t act, Tensor dx) {
+  const Arguments args("bn_input_grad", x);
+  check_gradient(args, dy, x, y, mask, residual, weight, bias, mean, var, act);
+  args.vector(mean_g, x.size(1), "mean_g");
+  args.vector(slope, x.size(1), "slope");
+  args.like(dx, x, "dx");
   const Launcher launch(x);
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
@@ -134,7 +179,7 @@ void bn_input_grad(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<T
       auto in = bn_args<T>(x, residual, mean, var, weight, bias, eps, act);
       in.dy = static_cast<const T*>(dy.const_data_ptr());
       in.y = static_cast<const T*>(data_or_null(y));
-      in.mask = mask_bytes(mask, x, width(), act);
+      in.mask = mask_bytes(mask);
       in.mean_g = floats(mean_g);
       in.slope = floats(slope);
       in.out = static_cast<T*>(dx.mutable_data_ptr());

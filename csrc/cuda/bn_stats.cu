@@ -166,13 +166,15 @@ __global__ void __launch_bounds__(kMergeThreads)
 }  // namespace
 
 void bn_stats(Tensor x, std::int64_t tile_rows, Tensor partials) {
+  const Arguments args("bn_stats", x);
+  args.image(x, "x");
+  args.partials(partials, x, tile_rows, 3);
   const Launcher launch(x);
   const std::int64_t channels = x.size(1), rows = x.numel() / channels;
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     with_width<T>(channels, [&](auto width) {
       const RowGrid grid(rows, channels, width(), tile_rows);
-      STD_TORCH_CHECK(partials.numel() == grid.row_tiles() * 3 * channels, "bn_stats: partials do not fit");
       launch(bn_stats_kernel<T, width()>, grid.blocks(), RowGrid::kThreads, merge_memory(2 * width()),
              static_cast<const T*>(x.const_data_ptr()), floats(partials), grid);
     });
@@ -180,8 +182,14 @@ void bn_stats(Tensor x, std::int64_t tile_rows, Tensor partials) {
 }
 
 void bn_finalize(Tensor partials, std::int64_t rows, std::int64_t tile_rows, Tensor mean, Tensor var) {
-  const std::int64_t channels = mean.numel(), tiles = ceil_div(rows, tile_rows);
-  STD_TORCH_CHECK(partials.numel() == tiles * 3 * channels, "bn_finalize: partials do not fit");
+  const Arguments args("bn_finalize", partials);
+  args.number(rows, 1, "rows", INT64_MAX);
+  args.number(tile_rows, 1, "tile_rows");
+  const std::int64_t channels = mean.numel(), tiles = (rows - 1) / tile_rows + 1;
+  args.number(channels, 1, "the size of mean");
+  args.vector(mean, channels, "mean");
+  args.vector(var, channels, "var");
+  args.matrix(partials, ScalarType::Float, tiles, 3 * channels, "partials");
   const Launcher launch(partials);
   launch(bn_finalize_kernel, ceil_div(channels, kMergeChannels), kMergeThreads, kMergeMemory, floats(partials),
          floats(mean), floats(var), channels, tiles, rows, tile_rows);
@@ -189,7 +197,17 @@ void bn_finalize(Tensor partials, std::int64_t rows, std::int64_t tile_rows, Ten
 
 void bn_reduce_finalize(Tensor partials, std::int64_t rows, Tensor var, double eps, Tensor dweight, Tensor dbias,
                         Tensor mean_g, Tensor slope) {
-  const std::int64_t channels = var.numel(), tiles = partials.numel() / (2 * channels);
+  const Arguments args("bn_reduce_finalize", partials);
+  const std::int64_t channels = var.numel();
+  args.number(rows, 1, "rows", INT64_MAX);
+  args.number(channels, 1, "the size of var");
+  const std::int64_t tiles = std::max<std::int64_t>(1, partials.numel() / (2 * channels));
+  args.matrix(partials, ScalarType::Float, tiles, 2 * channels, "partials");
+  args.vector(var, channels, "var");
+  args.vector(dweight, channels, "dweight");
+  args.vector(dbias, channels, "dbias");
+  args.vector(mean_g, channels, "mean_g");
+  args.vector(slope, channels, "slope");
   const Launcher launch(partials);
   launch(bn_reduce_finalize_kernel, ceil_div(channels, kMergeChannels), kMergeThreads, kMergeMemory, floats(partials),
          floats(var), eps, floats(dweight), floats(dbias), floats(mean_g), floats(slope), channels, tiles, rows);

@@ -214,9 +214,11 @@ constexpr int columns_of(int window, int stride, int width) {
 struct Tile {
   int rows, channels, threads;
 
-  explicit Tile(const std::vector<std::int64_t>& sizes) {
-    STD_TORCH_CHECK(sizes.size() == 3 && sizes[0] > 0 && sizes[1] > 0 && sizes[2] >= 1 && sizes[2] <= 4,
-                    "a tile is the rows and the channels of a thread, and the warps of a block");
+  Tile(const Arguments& args, const std::vector<std::int64_t>& sizes) {
+    args.length(sizes, 3, "tile");
+    args.number(sizes[0], 1, "tile's rows");
+    args.number(sizes[1], 1, "tile's channels");
+    args.number(sizes[2], 1, "tile's warps", kDepthwiseThreads / kWarp);
     rows = static_cast<int>(sizes[0]);
     channels = static_cast<int>(sizes[1]);
     threads = static_cast<int>(sizes[2]) * kWarp;
@@ -325,22 +327,35 @@ void input_gradient(const Launcher& launch, const T* grad, const T* weight, T* o
 void depthwise_fwd(Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
                    std::optional<Tensor> residual, std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile,
                    std::int64_t act, Tensor out) {
+  const Arguments args("depthwise_fwd", x);
+  const Depthwise conv(args, x, "x", out, "out", geometry);
+  const Tile sizes(args, tile);
+  args.matrix(weight, x.scalar_type(), conv.taps(), conv.channels, "weight");
+  args.vector(scale, conv.channels, "scale");
+  args.vector(shift, conv.channels, "shift");
+  args.like(residual, out, "residual");
+  args.activation(act);
   const Launcher launch(x);
   const Epilogue end{floats(scale), floats(shift), data_or_null(residual), static_cast<int>(act)};
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     forward(launch, static_cast<const T*>(x.const_data_ptr()), static_cast<const T*>(weight.const_data_ptr()),
-            static_cast<T*>(out.mutable_data_ptr()), end, Depthwise(x, out, geometry), Tile(tile), false);
+            static_cast<T*>(out.mutable_data_ptr()), end, conv, sizes, false);
   });
 }
 
 void depthwise_dgrad(Tensor grad, Tensor weight, std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile,
                      Tensor dx) {
+  const Arguments args("depthwise_dgrad", grad);
+  args.image(grad, "grad");
+  const Depthwise conv(args, dx, "dx", grad, "grad", geometry);
+  const Tile sizes(args, tile);
+  args.matrix(weight, grad.scalar_type(), conv.taps(), conv.channels, "weight");
   const Launcher launch(grad);
   with_dtype(grad, [&](auto t) {
     using T = decltype(t);
     input_gradient(launch, static_cast<const T*>(grad.const_data_ptr()), static_cast<const T*>(weight.const_data_ptr()),
-                   static_cast<T*>(dx.mutable_data_ptr()), Depthwise(dx, grad, geometry), Tile(tile));
+                   static_cast<T*>(dx.mutable_data_ptr()), conv, sizes);
   });
 }
 

@@ -21,14 +21,16 @@ struct Depthwise {
   int images, h, w, p, q, channels;
   int window[2], stride[2], padding[2], dilation[2];
 
-  Depthwise(const Tensor& x, const Tensor& out, const std::vector<std::int64_t>& geometry)
-      : images(static_cast<int>(x.size(0))),
-        h(static_cast<int>(x.size(2))),
-        w(static_cast<int>(x.size(3))),
-        p(static_cast<int>(out.size(2))),
-        q(static_cast<int>(out.size(3))),
-        channels(static_cast<int>(x.size(1))) {
-    STD_TORCH_CHECK(geometry.size() == 8, "geometry is window, stride, padding and dilation");
+  // x and out may be their gradients.
+  Depthwise(const Arguments& args, const Tensor& x, const char* x_name, const Tensor& out, const char* out_name,
+            const std::vector<std::int64_t>& geometry) {
+    args.image(x, x_name);
+    const auto map = args.map(x, geometry, 8);
+    args.image(out, x, {x.size(0), x.size(1), map[0], map[1]}, out_name);
+    args.number(geometry[0] * geometry[1], 1, "geometry's window");
+    images = static_cast<int>(x.size(0)), channels = static_cast<int>(x.size(1));
+    h = static_cast<int>(x.size(2)), w = static_cast<int>(x.size(3));
+    p = static_cast<int>(out.size(2)), q = static_cast<int>(out.size(3));
     for (int i = 0; i < 2; ++i) {
       window[i] = static_cast<int>(geometry[i]);
       stride[i] = static_cast<int>(geometry[2 + i]);
@@ -36,6 +38,8 @@ struct Depthwise {
       dilation[i] = static_cast<int>(geometry[6 + i]);
     }
   }
+
+  std::int64_t taps() const { return static_cast<std::int64_t>(window[0]) * window[1]; }
 
   // Whether the window is r x r, without dilation and with the same stride down and across.
   bool is(int r, int step) const {

@@ -196,19 +196,22 @@ void partial_sums(const Launcher& launch, const T* grad, const T* x, float* part
 }  // namespace
 
 void depthwise_wgrad(Tensor grad, Tensor x, std::vector<std::int64_t> geometry, Tensor workspace, Tensor dweight) {
+  const Arguments args("depthwise_wgrad", grad);
+  const Depthwise conv(args, x, "x", grad, "grad", geometry);
+  const int taps = static_cast<int>(conv.taps());
+  const std::int64_t size = conv.taps() * conv.channels, parts = std::max<std::int64_t>(1, workspace.numel() / size);
+  args.matrix(workspace, ScalarType::Float, parts, size, "workspace");
+  args.number(parts, 1, "the tiles of workspace");
+  args.vector(dweight, size, "dweight");
+  const auto tiles = static_cast<int>(parts);
   const Launcher launch(grad);
-  const Depthwise conv(x, grad, geometry);
-  const auto tiles = static_cast<int>(workspace.size(0));
-  const int taps = conv.window[0] * conv.window[1];
-  STD_TORCH_CHECK(workspace.numel() == static_cast<std::int64_t>(tiles) * taps * conv.channels,
-                  "the workspace is [tiles, window, channels]");
   with_dtype(grad, [&](auto t) {
     using T = decltype(t);
     partial_sums(launch, static_cast<const T*>(grad.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
                  floats(workspace), conv, tiles);
   });
-  launch(depthwise_wgrad_reduce_kernel, ceil_div(static_cast<std::int64_t>(taps) * conv.channels, kWarp), kThreads,
-         sizeof(double) * kThreads, floats(workspace), floats(dweight), tiles, taps, conv.channels);
+  launch(depthwise_wgrad_reduce_kernel, ceil_div(size, kWarp), kThreads, sizeof(double) * kThreads, floats(workspace),
+         floats(dweight), tiles, taps, conv.channels);
 }
 
 }  // namespace fused_resnet::cuda

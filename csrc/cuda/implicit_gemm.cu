@@ -44,13 +44,28 @@ __global__ void __launch_bounds__(kThreads)
   store_global(out + at, y);
 }
 
-ConvShape shape_of(const Tensor& x, const Tensor& weight, const Tensor& out,
+// Positions in an image, and taps, are kept in 16 bits; the places of a weight in 32.
+ConvShape shape_of(const Arguments& args, const Tensor& x, const Tensor& weight, const Tensor& out,
                    const std::vector<std::int64_t>& geometry) {
-  STD_TORCH_CHECK(geometry.size() == 9, "conv: geometry is R, S, strides, padding, dilation and groups");
-  const auto fits = [](std::int64_t value) {
-    STD_TORCH_CHECK(value >= 0 && value <= INT32_MAX, "conv: a size beyond 32 bits");
-    return static_cast<int>(value);
-  };
+  args.image(x, "x");
+  const auto map = args.map(x, geometry, 9);
+  for (int i = 0; i < 2; ++i) {
+    args.number(x.size(2 + i) + 2 * geometry[4 + i], 1, "x's padded height or width", INT16_MAX);
+    args.number(geometry[i] * geometry[6 + i], 1, "geometry's window times its dilation", INT16_MAX);
+  }
+  const std::int64_t groups = geometry[8];
+  args.number(groups, 1, "geometry's groups");
+  if (x.size(1) % groups) args.refuse("x", x, "as many channels as " + std::to_string(groups) + " groups share,");
+  const std::int64_t size = geometry[0] * geometry[1] * (x.size(1) / groups);
+  if (weight.dim() != 2 || weight.size(0) % groups || weight.size(1) < size ||
+      weight.size(1) * weight.element_size() % kChunkBytes)
+    args.refuse("weight", weight,
+                "[K, at least " + std::to_string(size) + ", filled up to whole 16 bytes], K of " +
+                    std::to_string(groups) + " groups,");
+  args.matrix(weight, x.scalar_type(), weight.size(0), weight.size(1), "weight");
+  args.number(weight.numel(), 1, "the size of weight", INT32_MAX - 1024);  // steps end behind it
+  args.image(out, x, {x.size(0), weight.size(0), map[0], map[1]}, "out");
+  const auto fits = [](std::int64_t value) { return static_cast<int>(value); };
   ConvShape g{};
   g.n = fits(x.size(0)), g.c = fits(x.size(1)), g.h = fits(x.size(2)), g.w = fits(x.size(3));
   g.k = fits(out.size(1)), g.p = fits(out.size(2)), g.q = fits(out.size(3));
@@ -58,17 +73,9 @@ ConvShape shape_of(const Tensor& x, const Tensor& weight, const Tensor& out,
   g.stride_h = fits(geometry[2]), g.stride_w = fits(geometry[3]);
   g.pad_h = fits(geometry[4]), g.pad_w = fits(geometry[5]);
   g.dilation_h = fits(geometry[6]), g.dilation_w = fits(geometry[7]);
-  g.groups = std::max(1, fits(geometry[8]));
+  g.groups = fits(groups);
   g.group_c = g.c / g.groups, g.group_k = g.k / g.groups;
-  STD_TORCH_CHECK(std::max({g.h + 2 * g.pad_h, g.w + 2 * g.pad_w, g.r * g.dilation_h, g.s * g.dilation_w}) <= INT16_MAX,
-                  "conv: an image or a filter beyond 16 bits");
   g.depth = fits(weight.size(1));
-  STD_TORCH_CHECK(out.size(0) == g.n && weight.size(0) == g.k && g.c % g.groups == 0 && g.k % g.groups == 0 &&
-                      weight.numel() <= INT32_MAX && g.depth * weight.element_size() % kChunkBytes == 0 &&
-                      g.depth >= static_cast<std::int64_t>(g.r) * g.s * g.group_c,
-                  "conv: the packed weight does not fit");
-  STD_TORCH_CHECK(x.scalar_type() == out.scalar_type() && weight.scalar_type() == x.scalar_type(),
-                  "conv: x, weight and out must have one dtype");
   return g;
 }
 
@@ -89,17 +96,31 @@ void conv(Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Te
           std::optional<Tensor> residual, std::vector<std::int64_t> geometry, std::int64_t act, bool tf32,
           std::int64_t tile_m, std::int64_t tile_n, Tensor out, std::optional<Tensor> sums,
           std::optional<Tensor> partials) {
-  const Launcher launch(x);
-  ConvShape g = shape_of(x, weight, out, geometry);
-  g.splits = sums ? static_cast<int>(sums->size(0)) : 1;
+  const Arguments arguments("conv", x);
+  ConvShape g = shape_of(arguments, x, weight, out, geometry);
+  arguments.vector(scale, g.k, "scale", sizeof(float));
+  arguments.vector(shift, g.k, "shift", sizeof(float));
+  arguments.like(residual, out, "residual");
+  arguments.activation(act);
   const int chunk = kChunkBytes / static_cast<int>(x.element_size());
-  STD_TORCH_CHECK(g.splits <= ceil_div(g.depth, kRowChunks * chunk), "conv: more splits than steps");
-  STD_TORCH_CHECK(!sums || (!partials && sums->numel() == g.splits * out.numel()), "conv: sums do not fit");
-  STD_TORCH_CHECK(!partials || partials->numel() == ceil_div(g.pixels(), tile_m) * 3 * g.k,
-                  "conv: partials do not fit");
   const bool aligned = g.group_c % chunk == 0;
   const ConvLaunch tile = find(x, tf32, tile_m, tile_n, aligned);
-  STD_TORCH_CHECK(tile, "conv: there is no tile of ", tile_m, " x ", tile_n);
+  if (!tile) arguments.refuse("tile", std::to_string(tile_m) + " x " + std::to_string(tile_n), "one of find_tile's");
+  // From a tile's first image on, chunks are counted in 32 bits.
+  const std::int64_t images = std::min<std::int64_t>(g.n, tile_m / g.map() + 2);
+  if (aligned) arguments.number(x.numel() / g.n / chunk * images, 1, "16 bytes of the images of a tile");
+  g.splits = 1;
+  if (sums) {
+    if (partials) arguments.refuse("partials", "given", "None beside sums");
+    const std::int64_t splits = sums->dim() ? sums->size(0) : 0;
+    arguments.number(splits, 1, "the splits of sums", ceil_div(g.depth, kRowChunks * chunk));
+    arguments.matrix(*sums, ScalarType::Float, splits, out.numel(), "sums");
+    g.splits = static_cast<int>(splits);
+  }
+  if (partials)
+    arguments.matrix(*partials, ScalarType::Float, ceil_div(g.pixels(), tile_m), 3 * static_cast<std::int64_t>(g.k),
+                     "partials");
+  const Launcher launch(x);
   ConvArgs args{};
   args.x = x.const_data_ptr();
   args.weight = weight.const_data_ptr();

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "cuda/arguments.h"
 #include "cuda/device.h"
 
 #if !defined(FUSED_RESNET_EMULATED)
@@ -19,13 +20,12 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace fused_resnet::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 #if !defined(FUSED_RESNET_EMULATED)
 // torch's own check is not in a torch without CUDA.
 inline void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", what, " failed: ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // it is told here, and by no later call
+  STD_TORCH_CHECK(false, "CUDA: ", what, " failed: ", cudaGetErrorString(error));
 }
 #endif
 
@@ -98,8 +98,10 @@ class Launcher {
 #if defined(FUSED_RESNET_EMULATED)
     emulator::launch(static_cast<int>(blocks), threads, shared, [&] { kernel(static_cast<Params>(args)...); });
 #else
-    if (shared > kSharedByDefault)
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "more shared memory");
+    if (shared > kSharedByDefault &&
+        (shared > INT32_MAX || cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    static_cast<int>(shared)) != cudaSuccess))
+      refuse_shared(shared);
     cudaLaunchConfig_t config{};
     config.gridDim = static_cast<unsigned>(blocks);
     config.blockDim = static_cast<unsigned>(threads);
@@ -110,6 +112,16 @@ class Launcher {
   }
 
  private:
+#if !defined(FUSED_RESNET_EMULATED)
+  void refuse_shared(std::size_t asked) const {
+    const cudaError_t error = cudaGetLastError();
+    int most = 0;
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "cudaDeviceGetAttribute");
+    STD_TORCH_CHECK(false, "CUDA: a block takes ", asked, " bytes of shared memory, of ", most, " that device ",
+                    device_, " has: ", cudaGetErrorString(error));
+  }
+#endif
+
   std::int32_t device_;
 #if defined(FUSED_RESNET_EMULATED)
   emulator::NoGuard guard_;

@@ -96,7 +96,6 @@ template <class T, class Body>
 void with_pooled_gradient(const Tensor& dy, const Tensor& argmax, const Pool& pool, const Body& body) {
   const auto* grad = static_cast<const T*>(dy.const_data_ptr());
   const auto* taken = static_cast<const std::uint8_t*>(argmax.const_data_ptr());
-  STD_TORCH_CHECK(argmax.numel() == dy.numel(), "max_pool: argmax does not fit");
   with_width<T>(dy.size(1), [&](auto width) {
     if constexpr (width() > 1)
       if (pool.cover() <= 2) return body(PooledGradient<T, width(), 2>{grad, taken, pool}, width);
@@ -104,27 +103,33 @@ void with_pooled_gradient(const Tensor& dy, const Tensor& argmax, const Pool& po
   });
 }
 
-std::uint8_t* argmax_bytes(const std::optional<Tensor>& argmax, const Tensor& out) {
-  if (!argmax) return nullptr;
-  STD_TORCH_CHECK(argmax->numel() == out.numel(), "max_pool: argmax does not fit");
-  return static_cast<std::uint8_t*>(argmax->mutable_data_ptr());
+std::uint8_t* argmax_bytes(const std::optional<Tensor>& argmax) {
+  return argmax ? static_cast<std::uint8_t*>(argmax->mutable_data_ptr()) : nullptr;
 }
 
-void check_clamps(std::int64_t act) {
-  STD_TORCH_CHECK(act == kNone || act == kRelu || act == kRelu6, "the pooling is fused behind clamps only");
+// Of the batch norm before the pooling, whose activation is a clamp.
+void check_norm(const Arguments& args, std::int64_t channels, const Tensor& mean, const Tensor& var,
+                const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, std::int64_t act) {
+  args.vector(mean, channels, "mean");
+  args.vector(var, channels, "var");
+  args.vector(weight, channels, "weight");
+  args.vector(bias, channels, "bias");
+  args.number(act, kNone, "act", kRelu6);
 }
 
 }  // namespace
 
 void max_pool(Tensor x, std::vector<std::int64_t> geometry, Tensor out, std::optional<Tensor> argmax) {
+  const Arguments args("max_pool", x);
+  const Pool pool(args, x, "x", out, "out", geometry);
+  args.bytes_like(argmax, out, "argmax");
   const Launcher launch(x);
-  const Pool pool(x, out, geometry);
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     with_width<T>(x.size(1), [&](auto width) {
       auto in = bn_args<T>(x, {}, {}, {}, {}, {}, 0.0, kNone);
       in.out = static_cast<T*>(out.mutable_data_ptr());
-      launch_max_pool<false, T, width()>(launch, in, pool, argmax_bytes(argmax, out),
+      launch_max_pool<false, T, width()>(launch, in, pool, argmax_bytes(argmax),
                                          RowGrid(rows_of(out), x.size(1), width()));
     });
   });
@@ -133,23 +138,27 @@ void max_pool(Tensor x, std::vector<std::int64_t> geometry, Tensor out, std::opt
 void bn_max_pool(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
                  double eps, std::int64_t act, std::vector<std::int64_t> geometry, Tensor out,
                  std::optional<Tensor> argmax) {
-  check_clamps(act);
+  const Arguments args("bn_max_pool", x);
+  const Pool pool(args, x, "x", out, "out", geometry);
+  check_norm(args, x.size(1), mean, var, weight, bias, act);
+  args.bytes_like(argmax, out, "argmax");
   const Launcher launch(x);
-  const Pool pool(x, out, geometry);
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     with_width<T>(x.size(1), [&](auto width) {
       auto in = bn_args<T>(x, {}, mean, var, weight, bias, eps, act);
       in.out = static_cast<T*>(out.mutable_data_ptr());
-      launch_max_pool<true, T, width()>(launch, in, pool, argmax_bytes(argmax, out),
+      launch_max_pool<true, T, width()>(launch, in, pool, argmax_bytes(argmax),
                                         RowGrid(rows_of(out), x.size(1), width()));
     });
   });
 }
 
 void max_pool_bwd(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor dx) {
+  const Arguments args("max_pool_bwd", dx);
+  const Pool pool(args, dx, "dx", dy, "dy", geometry);
+  args.bytes_like(argmax, dy, "argmax");
   const Launcher launch(dx);
-  const Pool pool(dx, dy, geometry);
   with_dtype(dx, [&](auto t) {
     using T = decltype(t);
     with_pooled_gradient<T>(dy, argmax, pool, [&](auto source, auto width) {
@@ -163,16 +172,18 @@ void max_pool_bwd(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, 
 void bn_max_pool_reduce(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x,
                         std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var, double eps,
                         std::int64_t act, std::int64_t tile_rows, Tensor partials) {
-  check_clamps(act);
+  const Arguments args("bn_max_pool_reduce", x);
+  const Pool pool(args, x, "x", dy, "dy", geometry);
+  args.bytes_like(argmax, dy, "argmax");
+  check_norm(args, x.size(1), mean, var, weight, bias, act);
+  args.partials(partials, x, tile_rows, 2);
   const Launcher launch(x);
-  const Pool pool(x, dy, geometry);
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     auto in = bn_args<T>(x, {}, mean, var, weight, bias, eps, act);
     in.partials = floats(partials);
     with_pooled_gradient<T>(dy, argmax, pool, [&](auto source, auto width) {
       const RowGrid grid(rows_of(x), x.size(1), width(), tile_rows);
-      STD_TORCH_CHECK(partials.numel() == grid.row_tiles() * 2 * x.size(1), "bn_max_pool_reduce: partials do not fit");
       launch_bn_backward<width(), Slope::kAgain, kNone>(launch, in, source, grid);
     });
   });
@@ -181,9 +192,14 @@ void bn_max_pool_reduce(Tensor dy, Tensor argmax, std::vector<std::int64_t> geom
 void bn_max_pool_input_grad(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x,
                             std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var,
                             Tensor mean_g, Tensor slope, double eps, std::int64_t act, Tensor dx) {
-  check_clamps(act);
+  const Arguments args("bn_max_pool_input_grad", x);
+  const Pool pool(args, x, "x", dy, "dy", geometry);
+  args.bytes_like(argmax, dy, "argmax");
+  check_norm(args, x.size(1), mean, var, weight, bias, act);
+  args.vector(mean_g, x.size(1), "mean_g");
+  args.vector(slope, x.size(1), "slope");
+  args.like(dx, x, "dx");
   const Launcher launch(x);
-  const Pool pool(x, dy, geometry);
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     auto in = bn_args<T>(x, {}, mean, var, weight, bias, eps, act);

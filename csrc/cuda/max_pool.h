@@ -15,20 +15,29 @@ constexpr std::int64_t kMostTaps = 25;
 struct Pool {
   int h, w, p, q, r, s, stride_h, stride_w, pad_h, pad_w;
 
-  // geometry: kernel, stride and padding, each (height, width).
-  Pool(const Tensor& x, const Tensor& out, const std::vector<std::int64_t>& geometry) {
-    STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && geometry.size() == 6, "max_pool: x and out must be 4-d");
-    STD_TORCH_CHECK(x.scalar_type() == out.scalar_type(), "max_pool: x and out must have one dtype");
-    STD_TORCH_CHECK(x.size(2) * x.size(3) <= INT32_MAX, "max_pool: an image is too large");
+  // geometry: kernel, stride and padding, each (height, width). x and out may be their gradients.
+  Pool(const Arguments& args, const Tensor& x, const char* x_name, const Tensor& out, const char* out_name,
+       const std::vector<std::int64_t>& geometry) {
+    args.image(x, x_name);
+    args.image(out, out_name);
+    args.image(out, x, {x.size(0), x.size(1), out.size(2), out.size(3)}, out_name);
+    args.length(geometry, 6, "geometry");
+    for (int i = 0; i < 2; ++i) {
+      args.number(geometry[i], 1, "geometry's window", kMostTaps);
+      args.number(geometry[2 + i], 1, "geometry's stride");
+      args.number(geometry[4 + i], 0, "geometry's padding", geometry[i] / 2);
+      const std::int64_t padded = x.size(2 + i) + 2 * geometry[4 + i];
+      args.number(padded, geometry[i], "the padded height or width under the windows");
+      args.number(out.size(2 + i), 1, "the number of windows", (padded - geometry[i]) / geometry[2 + i] + 1);
+    }
+    args.number(geometry[0] * geometry[1], 1, "geometry's window", kMostTaps);
+    args.number(x.size(2) * x.size(3), 1, "the size of an image");
+    args.number(out.size(2) * out.size(3), 1, "the size of a pooled image");
     int* const sizes[] = {&r, &s, &stride_h, &stride_w, &pad_h, &pad_w};
     for (int i = 0; i < 6; ++i)
       *sizes[i] = static_cast<int>(geometry[i]);
     h = static_cast<int>(x.size(2)), w = static_cast<int>(x.size(3));
     p = static_cast<int>(out.size(2)), q = static_cast<int>(out.size(3));
-    STD_TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == x.size(1) && 2 * pad_h <= r && 2 * pad_w <= s &&
-                        (p - 1) * stride_h + r <= h + 2 * pad_h && (q - 1) * stride_w + s <= w + 2 * pad_w,
-                    "max_pool: out does not fit");
-    STD_TORCH_CHECK(static_cast<std::int64_t>(r) * s <= kMostTaps, "max_pool: a window is too large");
   }
 
   // The most windows that a pixel is in, in either direction.

@@ -308,9 +308,31 @@ __global__ void __launch_bounds__(kThreads, kM == 4 || sizeof(T) == 4 ? 2 : 4)
   }
 }
 
+// Refuses what does not fit: places in an image, and in shared memory, are kept in 32 bits.
+void check_stem(const Arguments& args, const Tensor& x, const Tensor& out, const std::vector<std::int64_t>& geometry,
+                const std::vector<std::int64_t>& tile) {
+  args.image(x, "x");
+  args.number(x.size(1), 1, "the channels of x", 4);
+  const auto map = args.map(x, geometry, 8);
+  args.image(out, "out");
+  args.image(out, x, {x.size(0), out.size(1), map[0], map[1]}, "out");
+  for (int i = 0; i < 2; ++i)
+    args.number(geometry[6 + i], 1, "geometry's dilation", 1);
+  args.number((x.size(2) + 2 * geometry[4]) * (x.size(3) + 2 * geometry[5]), 1, "the padded pixels of x",
+              Arguments::kMostNumber / x.size(1));
+  args.number(out.numel() / out.size(0), 1, "the size of an image of out");
+  args.length(tile, 4, "tile");
+  for (int i = 0; i < 2; ++i) {
+    args.number(tile[i], 1, "tile's rows or columns", 1 << 16);
+    args.number(tile[i] * geometry[2 + i] * x.size(1), 1, "tile's reach", 1 << 30);
+  }
+  if (tile[1] < map[1] && tile[1] % 2) args.refuse("tile's columns", std::to_string(tile[1]), "a whole row, or even");
+  if (tile[2] != 2 && tile[2] != 4) args.refuse("tile's times", std::to_string(tile[2]), "2 or 4");
+  if (tile[3] != 32 && tile[3] != 64) args.refuse("tile's channels", std::to_string(tile[3]), "32 or 64");
+}
+
 Stem stem_of(const Tensor& x, const Tensor& out, const std::vector<std::int64_t>& geometry,
              const std::vector<std::int64_t>& tile, int per, int channels, int act) {
-  STD_TORCH_CHECK(geometry.size() == 8 && tile.size() == 4, "geometry is window, stride, padding and dilation");
   const auto of = [](std::int64_t value) { return static_cast<int>(value); };
   Stem conv{};
   conv.images = of(x.size(0)), conv.c = of(x.size(1)), conv.h = of(x.size(2)), conv.w = of(x.size(3));
@@ -336,20 +358,25 @@ Stem stem_of(const Tensor& x, const Tensor& out, const std::vector<std::int64_t>
 
 void stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, std::optional<Tensor> residual,
           std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile, bool tf32, std::int64_t act, Tensor out) {
+  const Arguments args("stem", x);
+  check_stem(args, x, out, geometry, tile);
+  args.vector(scale, out.size(1), "scale");
+  args.vector(shift, out.size(1), "shift");
+  args.like(residual, out, "residual");
+  args.activation(act);
   const Launcher launch(x);
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
-    const int channels = static_cast<int>(tile.at(3));
+    const int channels = static_cast<int>(tile[3]);
     const Stem conv = stem_of(x, out, geometry, tile, kPerWord<T>, channels, static_cast<int>(act));
-    STD_TORCH_CHECK(conv.tiles_q == 1 || conv.columns % 2 == 0, "a tile that is not a whole row has even columns");
     const std::size_t weights = static_cast<std::size_t>(conv.steps) * channels * kCell * kPerWord<T>;
-    STD_TORCH_CHECK(weight.numel() == static_cast<std::int64_t>(weights) * conv.chunks, "a weight packed otherwise");
+    args.matrix(weight, x.scalar_type(), conv.chunks, static_cast<std::int64_t>(weights), "weight");
     const std::size_t shared = sizeof(T) * (weights + static_cast<std::size_t>(conv.height) * conv.pitch);
     const int vector = conv.row_size() % kWide<T> == 0 ? kWide<T> : conv.row_size() % 2 == 0 ? 2 : 1;
     const auto run = [&](auto kernel) {
       launch(kernel, static_cast<std::int64_t>(conv.images) * conv.tiles_p * conv.tiles_q * conv.chunks, kThreads,
              shared, static_cast<const T*>(x.const_data_ptr()), static_cast<const T*>(weight.const_data_ptr()),
-             floats(std::optional(scale)), floats(std::optional(shift)), static_cast<const T*>(data_or_null(residual)),
+             floats(scale), floats(shift), static_cast<const T*>(data_or_null(residual)),
              static_cast<T*>(out.mutable_data_ptr()), conv, vector);
     };
     const auto with_pairs = [&](auto pairs) {
@@ -362,7 +389,6 @@ void stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, std::optional<Ten
         tile[2] == 4 ? run(stem_kernel<T, Products::kHalf, pairs(), 4, false>)
                      : run(stem_kernel<T, Products::kHalf, pairs(), 2, false>);
     };
-    STD_TORCH_CHECK(channels == 32 || channels == 64, "a tile has 32 or 64 channels");
     channels == 32 ? with_pairs(std::integral_constant<int, 2>{}) : with_pairs(std::integral_constant<int, 4>{});
   });
 }
