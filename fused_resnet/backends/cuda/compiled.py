@@ -14,7 +14,7 @@ FUNCTION = re.compile(r"^\s*Function\s*:?\s*([\w$.]+):?\s*$", re.MULTILINE)
 # What makes a demangled name readable; the numbers of an enumeration stay without its name.
 SHORT = {
     r"\(anonymous namespace\)::|fused_resnet::cuda::|c10::|torch::headeronly::": "",
-    r"\((?:bool|int|long|\w*Products)\)": "",
+    r"\((?:bool|int|long|\w*Products|\w*Slope)\)": "",
     r"(?m)^void ": "",
     r"\bBFloat16\b": "bf16",
     r"\bHalf\b": "fp16",
