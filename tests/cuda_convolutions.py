@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from cuda_kernels import DEVICE, IN_EMULATOR, fenced
+from cuda_kernels import DEVICE, FENCES, placed
 from problems import ACT_FUNCTIONS, integers, representable
 from tolerances import assert_two_times
 from torch import Tensor
@@ -74,14 +74,15 @@ def check_exact(family, case: Problem, configs) -> None:
     outside of a tensor is touched."""
     inputs = whole_numbers(case)
     expected = representable(plain(case, *inputs), case.dtype)
-    x, weight, scale, shift, residual = [None if t is None else fenced(t) for t in inputs] if IN_EMULATOR else inputs
-    for config in configs:
-        out = channels_last(torch.empty(case.output, dtype=case.dtype, device=DEVICE))
-        out = fenced(out) if IN_EMULATOR else out
-        assert torch.equal(compute(family, case, config, x, weight, scale, shift, residual, out), expected), config
-        if residual is not None:
-            place = residual.clone(memory_format=torch.preserve_format)
-            assert torch.equal(compute(family, case, config, x, weight, scale, shift, place, place), expected), config
+    for at in FENCES:
+        x, weight, scale, shift, residual = (placed(t, at) for t in inputs)
+        for config in configs:
+            out = placed(channels_last(torch.empty(case.output, dtype=case.dtype, device=DEVICE)), at)
+            assert torch.equal(compute(family, case, config, x, weight, scale, shift, residual, out), expected), config
+            if residual is not None:
+                place = placed(residual.clone(memory_format=torch.preserve_format), at)
+                found = compute(family, case, config, x, weight, scale, shift, place, place)
+                assert torch.equal(found, expected), config
 
 
 def check_two_times(family, case: Problem, configs) -> None:
@@ -106,6 +107,21 @@ def check_not_finite(family, case: Problem, configs) -> None:
         assert torch.equal(found.isnan(), expected.isnan()), config
         assert torch.equal(found == inf, expected == inf), config
         assert torch.equal(found == -inf, expected == -inf), config
+
+
+def check_largest(family, case: Problem, configs) -> None:
+    """fp32 numbers whose nearest TF32 is infinite, in the image and in the weight, which zeros meet."""
+    x, weight, scale, shift, _ = whole_numbers(case)
+    x.zero_()
+    weight.zero_()
+    x[0, 0, 1, 1], weight[0, 0] = torch.finfo(torch.float32).max, 0.5
+    weight[1, 0], x[0, 0, 1, 2] = torch.finfo(torch.float32).max, 2.0**-20
+    scale.fill_(1)
+    shift.fill_(0)
+    expected = plain(case, x, weight, scale, shift, None, torch.float32)
+    assert expected.isfinite().sum() == expected.numel() - 1  # the one of the largest times the largest
+    for config in configs:
+        assert torch.equal(compute(family, case, config, x, weight, scale, shift, None), expected), config
 
 
 def check_orders(orders, what, *arguments) -> None:

@@ -21,6 +21,8 @@ def library() -> str:
     """Why the kernels cannot run here; empty: they can."""
     if extension_missing():
         return extension_missing()
+    if IN_EMULATOR and os.environ.get("FUSED_RESNET_EMULATOR", "1") == "0":
+        return "FUSED_RESNET_EMULATOR=0 does without the emulator, and there is no GPU"
     if IN_EMULATOR:
         return build.load()
     return "" if torch.ops.fused_resnet_C.cuda_architectures() else "the extension was built without CUDA kernels"
@@ -50,18 +52,28 @@ MAP_NORESERVE = 0x4000  # Linux; Python 3.10 has no name for it
 _fences: list = []  # the memory of fenced tensors
 
 
-def fenced(t: Tensor) -> Tensor:
-    """A copy of a dense CPU tensor that ends (but for less than 16 bytes) at a page which cannot be read or written."""
+def fenced(t: Tensor, at: str = "end") -> Tensor:
+    """A copy of a dense CPU tensor beside a page that cannot be read or written: it ends there, but for less than 16
+    bytes, or begins right behind it (at = "start")."""
     page, size = mmap.PAGESIZE, t.numel() * t.element_size()
     space = -(-size // page) * page
     memory = mmap.mmap(-1, space + page)
     _fences.append(memory)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + space), page, 0):
+    forbidden, offset = {"end": (space, (space - size) // 16 * 16), "start": (0, page)}[at]
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + forbidden), page, 0):
         raise OSError(ctypes.get_errno(), "mprotect")
-    offset = (space - size) // 16 * 16
     flat = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=offset)
     return flat.as_strided(t.shape, t.stride()).copy_(t)
+
+
+# Where a test that nothing outside of a tensor is touched puts its tensors; a GPU's memory has no such pages.
+FENCES = ("start", "end") if IN_EMULATOR else ("",)
+
+
+def placed(t: Tensor | None, at: str) -> Tensor | None:
+    """The tensor, or its copy at a fence."""
+    return t if t is None or not at else fenced(t, at)
 
 
 def sparse(size, dtype: torch.dtype) -> Tensor:

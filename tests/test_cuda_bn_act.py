@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulator import build
+from cuda_kernels import DEVICE, library
 from problems import (
     ACTS,
     EXACT_ACTS,
@@ -22,13 +22,10 @@ from problems import (
 )
 from tolerances import assert_two_times, tolerance, ulp
 
-from fused_resnet.backends import cpu
 from fused_resnet.backends.cuda import training
 from fused_resnet.ops.bn_act import kept_for_bn_act
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-_missing = cpu.extension_missing() or ("" if DEVICE == "cuda" else build.load())
-pytestmark = pytest.mark.skipif(bool(_missing), reason=_missing)
+pytestmark = pytest.mark.skipif(bool(library()), reason=library() or "it is there")
 poison = pytest.fixture(autouse=True)(poisoned)
 
 ops = torch.ops.fused_resnet_C

@@ -13,7 +13,7 @@ from cuda_convolutions import (
     random_numbers,
     whole_numbers,
 )
-from cuda_kernels import DEVICE, IN_EMULATOR, both_orders, fenced, library, sparse
+from cuda_kernels import DEVICE, FENCES, IN_EMULATOR, both_orders, library, placed, sparse
 from problems import dtypes, integers, poisoned
 from tolerances import assert_two_times
 
@@ -77,14 +77,14 @@ def test_depthwise_gradients_exact(case, dtype):
     x, weight, *_ = whole_numbers(case)
     grad = channels_last(integers(*case.output, low=-2, high=2, dtype=dtype)).to(DEVICE)
     d_x, d_weight = gradients(case, grad.cpu(), x.cpu(), weight.cpu())
-    if IN_EMULATOR:
-        x, weight, grad = fenced(x), fenced(weight), fenced(grad)
-    found = depthwise.input_gradient(grad, case.x, weight, case)
-    assert found.dtype == dtype
-    assert torch.equal(found.cpu().double(), d_x)
-    found = depthwise.weight_gradient(grad, x, case.weight, case)
-    assert found.dtype == torch.float32
-    assert torch.equal(found.cpu().double(), d_weight)
+    for at in FENCES:
+        x, weight, grad = (placed(t, at) for t in (x, weight, grad))
+        found = depthwise.input_gradient(grad, case.x, weight, case)
+        assert found.dtype == dtype
+        assert torch.equal(found.cpu().double(), d_x)
+        found = depthwise.weight_gradient(grad, x, case.weight, case)
+        assert found.dtype == torch.float32
+        assert torch.equal(found.cpu().double(), d_weight)
 
 
 @dtypes()

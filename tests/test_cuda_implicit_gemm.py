@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from cuda_convolutions import (
     MODES,
     check_exact,
+    check_largest,
     check_not_finite,
     check_orders,
     check_two_times,
@@ -88,6 +89,13 @@ def test_implicit_gemm_nan_and_inf(dtype):
     """They come out where aten has them, and nowhere else: zeros beside the filter meet none of them."""
     case = problem((2, 20, 6, 7), 24, act="none")._replace(dtype=dtype)
     check_not_finite(FAMILY, case, implicit_gemm.configs(case, CAPABILITY))
+
+
+@pytest.mark.parametrize("mode", ["tf32", "fp32"])
+def test_implicit_gemm_the_largest_fp32(mode):
+    case = problem((1, 20, 3, 4), 16, 1, act="none")._replace(dtype=torch.float32)
+    with tf32(implicit_gemm, MODES[mode][1]):
+        check_largest(FAMILY, case, implicit_gemm.configs(case, CAPABILITY))
 
 
 @pytest.mark.parametrize("case", [PROBLEMS[0], PROBLEMS[5], PROBLEMS[7], PROBLEMS[10]], ids=str)

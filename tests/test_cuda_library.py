@@ -1,6 +1,7 @@
 """The compiled library, without a GPU: what is in it, where it loads, and what its operators refuse."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -19,12 +20,19 @@ CONVOLUTIONS = ("implicit_gemm_kernel", "stem_kernel")
 STREAMS = (
     "add_act_fwd_kernel",
     "add_act_bwd_kernel",
-    "bn_reduce",
-    "bn_input_grad",
-    "bn_stats",
-    "max_pool",
-    "depthwise",
+    "bn_apply_kernel",
+    "bn_reduce_kernel",
+    "bn_input_grad_kernel",
+    "bn_stats_kernel",
+    "max_pool_kernel",
+    "max_pool_bwd_kernel",
+    "depthwise_any_kernel",
+    "depthwise_dgrad_kernel",
+    "depthwise_fwd_kernel",
+    "depthwise_wgrad_any_kernel",
+    "depthwise_wgrad_kernel",
 )
+WIDE = {"bf16": "8", "fp16": "8", "fp32": "4"}  # elements in 16 bytes
 OPERATORS = sorted(
     name
     for name in torch._C._dispatch_get_all_op_names()
@@ -65,11 +73,22 @@ def test_library_convolves_by_tensor_cores(rows):
 
 @pytest.mark.parametrize("stream", STREAMS)
 def test_library_streams_16_bytes_at_a_time(rows, stream):
-    """Those forms that are for whole vectors of channels; each has one for the other numbers of channels beside it."""
-    found = [row for row in rows if row["kernel"].startswith(stream)]
-    wide = {row["kernel"].partition("<")[0] for row in found if row["wide_loads"] and row["wide_stores"]}
-    assert found
-    assert wide
+    """Each form that is for whole vectors of channels; it has one for the other numbers of channels beside it. Weight
+    gradients write few sums only."""
+    named = [(row, re.fullmatch(r"(\w+)<(\w+), (\d+).*>", row["kernel"])) for row in rows]
+    found = [(row, name[2], name[3]) for row, name in named if name and name[1] == stream]
+    assert {dtype for _, dtype, _ in found} == set(WIDE)
+    wide = [row for row, dtype, width in found if width == WIDE[dtype]]
+    assert len(wide) >= len(WIDE) * len({row["architecture"] for row in rows})
+    assert [row["kernel"] for row in wide if not row["wide_loads"]] == []
+    if not stream.startswith("depthwise_wgrad"):
+        assert [row["kernel"] for row in wide if not row["wide_stores"]] == []
+
+
+def test_library_streams_are_all_named(rows):
+    """A kernel whose second parameter is its width is one of those that only move data."""
+    named = {name[1] for row in rows if (name := re.fullmatch(r"(\w+)<(?:bf16|fp16|fp32), \d+.*>", row["kernel"]))}
+    assert named - set(CONVOLUTIONS) == {*STREAMS, "implicit_gemm_sum_kernel"}
 
 
 def test_operators_are_there():

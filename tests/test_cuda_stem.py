@@ -5,6 +5,7 @@ import torch
 from cuda_convolutions import (
     MODES,
     check_exact,
+    check_largest,
     check_not_finite,
     check_orders,
     check_two_times,
@@ -78,18 +79,11 @@ def test_stem_not_finite(case, mode):
         check_not_finite(FAMILY, case, configs(case))
 
 
-def test_stem_the_largest_fp32():
-    """A number whose nearest TF32 is infinite."""
+@pytest.mark.parametrize("mode", ["tf32", "fp32"])
+def test_stem_the_largest_fp32(mode):
     case = problem((1, 3, 3, 4), 16, 1, act="none")._replace(dtype=torch.float32)
-    x, weight, scale, shift, _ = whole_numbers(case)
-    x.zero_()
-    x[0, 0, 1, 1] = torch.finfo(torch.float32).max
-    weight.fill_(0.5)
-    for config in stem.configs(case, CAPABILITY):
-        with tf32(stem, False):
-            out = compute(FAMILY, case, config, x, weight, scale, shift, None)
-        assert out.isfinite().all()
-        assert (out[0, :, 1, 1].abs() > 8e37).all()
+    with tf32(stem, MODES[mode][1]):
+        check_largest(FAMILY, case, stem.configs(case, CAPABILITY))
 
 
 def test_stem_wide_image():

@@ -239,7 +239,7 @@ class Output {
 };
 
 // One sum of products, one after the other in fp32, of a part of the depth: what a tile falls back to where a sum of
-// split products is not finite, because Inf has no low part and Inf - Inf is NaN.
+// rounded or split products is not finite: the largest floats have an infinite TF32, and Inf has no low part.
 template <class T>
 FUSED_RESNET_DEVICE float plain_sum(const ConvShape& g, const ConvArgs& args, const Work& work, std::int64_t pixel,
                                     int channel, int begin, int end) {
@@ -377,9 +377,9 @@ __global__ void __launch_bounds__(Tile::kThreads, blocks_per_sm<A, Tile, kAligne
           body(&acc[i][j][e], warp_row + i * 16 + d_row(lane, e), warp_column + j * 8 + d_column(lane, e));
   };
 
-  // 3. Sums that are not finite, of products that were split.
+  // 3. Sums that are not finite, of products of other numbers than were given.
   bool plain = false;
-  if constexpr (A::kProducts == Products::kFp32) {
+  if constexpr (A::kProducts != Products::kHalf) {
     for_pairs([&](const float* d, int, int) {
       if (!is_finite(d[0] + d[1])) *flag = 1;
     });

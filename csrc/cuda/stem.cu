@@ -122,7 +122,8 @@ FUSED_RESNET_DEVICE void multiply(float (&sums)[kM][2][4], const std::uint32_t (
   }
 }
 
-// The sums of one pixel and kV channels in plain fp32, for those that the parts of an infinity have made NaN.
+// The sums of one pixel and kV channels in plain fp32, for those that are not finite by an infinity's parts, or by a
+// number whose nearest TF32 is infinite.
 template <int kV>
 FUSED_RESNET_DEVICE void sum_plainly(float (&v)[kV], const float* pixel, const float* weight, const Stem& conv,
                                      int pairs, int tile, int lane) {
@@ -299,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, kM == 4 || sizeof(T) == 4 ? 2 : 4)
             v[group][half][e] = sums[tile / 2][m][tile % 2][2 * half + e % 2];
             finite &= is_finite(v[group][half][e]);
           }
-          if constexpr (kProducts == Products::kFp32)
+          if constexpr (kProducts != Products::kHalf)
             if (!finite) sum_plainly(v[group][half], rows + at[m][half], weights, conv, kPairs, group * kV / 2, lane);
         }
       }

@@ -83,7 +83,7 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merged_statistics(x: Tensor, partials: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The same from the partials [tiles, 3, C] of tiles of so many rows: the mean's high and low part, and the variance."""
+    """The same from the partials [tiles, 3, C] of tiles of so many rows: the mean in two parts, and the variance."""
     mean, var = _vectors(2, x)
     _ops.cuda_bn_finalize(partials, _rows(x), rows, mean, var)
     return mean, var
