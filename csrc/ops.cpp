@@ -22,12 +22,20 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
 // Raised with every change to the schemas below, here and in backends/cpu.py: a library that an older or newer checkout
 // has left beside the Python sources is then seen, and not called with arguments that it does not take.
 static int64_t interface_number() {
-  return 4;
+  return 5;
 }
 
 static std::string cuda_architectures() {
 #if defined(FUSED_RESNET_CUDA)
   return FUSED_RESNET_CUDA;
+#else
+  return "";
+#endif
+}
+
+static std::string cuda_driver_lacking() {
+#if defined(FUSED_RESNET_CUDA)
+  return fused_resnet::cuda::driver_lacking();
 #else
   return "";
 #endif
@@ -61,6 +69,8 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
 
   // CUDA: the compute capabilities that kernels were compiled for, such as "8.0+PTX;9.0a"; empty: none were built.
   m.def("cuda_architectures() -> str");
+  // Why the driver of this machine cannot run them; empty: it can, or there are none.
+  m.def("cuda_driver_lacking() -> str");
   m.def("cuda_add_act_fwd(Tensor x, Tensor residual, int act, Tensor(a!) y) -> ()");
   m.def("cuda_add_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? residual, int act, Tensor(a!) dx) -> ()");
   m.def(
@@ -105,6 +115,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {
   m.impl("interface_number", TORCH_BOX(&interface_number));
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
+  m.impl("cuda_driver_lacking", TORCH_BOX(&cuda_driver_lacking));
   m.impl("cpu_capability", TORCH_BOX(&fused_resnet::cpu::cpu_capability));
   m.impl("conv_supported", TORCH_BOX(&fused_resnet::cpu::conv_supported));
   m.impl("empty_channels_last", TORCH_BOX(&fused_resnet::cpu::empty_channels_last));

@@ -193,6 +193,17 @@ def test_missing_kernels_say_why(monkeypatch):
         fr.ops.add_act(*pair(), backend="cuda")
 
 
+def test_an_old_driver_is_said(monkeypatch):
+    """Torch's own CUDA may be content with it."""
+    reason = "the NVIDIA driver is older than CUDA 13.0, which the kernels were built with: it has CUDA 12.8"
+    monkeypatch.setattr(cuda, "architectures", lambda: "8.0+PTX;9.0a")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.ops.fused_resnet_C, "cuda_driver_lacking", lambda: reason)
+    for available, lacking in ((True, reason), (False, "no NVIDIA GPU is here")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert cuda._lacking.__wrapped__() == lacking
+
+
 def test_unsupported_says_why():
     x = torch.randn(1, 4, 3, 3, device=DEVICE)
     assert cuda.unsupported("add_act", x.double()) == "torch.float64 input; it takes float32, bfloat16 and float16"

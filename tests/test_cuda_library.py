@@ -1,5 +1,6 @@
 """The compiled library, without a GPU: what is in it, where it loads, and what its operators refuse."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -36,7 +37,7 @@ WIDE = {"bf16": "8", "fp16": "8", "fp32": "4"}  # elements in 16 bytes
 OPERATORS = sorted(
     name
     for name in torch._C._dispatch_get_all_op_names()
-    if name.startswith("fused_resnet_C::cuda_") and name != "fused_resnet_C::cuda_architectures"
+    if name.startswith("fused_resnet_C::cuda_") and not name.endswith(("_architectures", "_driver_lacking"))
 )
 
 
@@ -95,6 +96,18 @@ def test_operators_are_there():
     assert len(OPERATORS) > 10
     for name in OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+
+
+def test_driver_is_asked_for():
+    """The library loads, and answers, where there is no driver."""
+    lacking = torch.ops.fused_resnet_C.cuda_driver_lacking()
+    assert re.fullmatch("(no NVIDIA driver is here|the NVIDIA driver is older than CUDA .*)?", lacking)
+    if torch.cuda.is_available() and not cuda.unavailable():
+        assert not lacking
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        assert lacking == "no NVIDIA driver is here"
 
 
 def test_operators_refuse_cpu_tensors():

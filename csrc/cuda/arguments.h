@@ -49,13 +49,14 @@ class Arguments {
   void image(const Tensor& t, const char* name) const {
     const auto type = t.scalar_type();
     const bool known = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
-    if (!known || !dense(t) || !lies_here(t, kAligned))
+    if (!known || !Layout(t).dense() || !lies_here(t, kAligned))
       refuse(name, t, "a dense channels_last tensor [N, C, H, W], not empty, of Float, BFloat16 or Half");
   }
 
   // One more of another's type, and of these sizes.
   void image(const Tensor& t, const Tensor& other, const Sizes& sizes, const char* name) const {
-    if (!has_sizes(t, sizes) || !dense(t) || t.scalar_type() != other.scalar_type() || !lies_here(t, kAligned))
+    const Layout layout(t);
+    if (!layout.dense() || !layout.is(sizes) || dtype(t) != dtype(other) || !lies_here(t, kAligned))
       refuse(name, t, "a dense channels_last " + text(other.scalar_type(), sizes));
   }
 
@@ -68,7 +69,8 @@ class Arguments {
   // Bytes that lie as the elements of an image do.
   void bytes_like(const Tensor& t, const Tensor& image, const char* name) const {
     const Sizes sizes = sizes_of(image);
-    if (!has_sizes(t, sizes) || !dense(t) || t.scalar_type() != ScalarType::Byte || !lies_here(t, kAligned))
+    const Layout layout(t);
+    if (!layout.dense() || !layout.is(sizes) || dtype(t) != aoti_torch_dtype_uint8() || !lies_here(t, kAligned))
       refuse(name, t, "a dense channels_last " + text(ScalarType::Byte, sizes));
   }
 
@@ -80,7 +82,7 @@ class Arguments {
   void matrix(const Tensor& t, ScalarType type, std::int64_t rows, std::int64_t columns, const char* name,
               int alignment = kAligned) const {
     const std::int64_t count = t.numel();
-    if (count == 0 || count / columns != rows || count % columns || t.scalar_type() != type || !t.is_contiguous() ||
+    if (count == 0 || count / columns != rows || count % columns || !has_dtype(t, type) || !t.is_contiguous() ||
         !lies_here(t, alignment))
       refuse(name, t,
              "contiguous " + text(type, rows == 1 ? std::vector{columns} : std::vector{rows, columns}) +
@@ -148,35 +150,64 @@ class Arguments {
   }
 
  private:
-  static bool has_sizes(const Tensor& t, const Sizes& sizes) {
-    const auto found = t.sizes();
-    return found.size() == 4 && std::equal(sizes.begin(), sizes.end(), found.begin());
-  }
+  // The plain numbers of the C interface, each of which is a call: there are up to eleven tensors to a launch.
+  struct Layout {
+    std::int64_t dim, *sizes, *strides;
 
-  static Sizes sizes_of(const Tensor& t) {
-    const auto sizes = t.sizes();
+    explicit Layout(const Tensor& t) {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dim));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+    }
+
+    bool is(const Sizes& wanted) const { return std::equal(wanted.begin(), wanted.end(), sizes); }
+
+    // Four sizes, none of them 0, as channels_last; the stride of a size of 1 means nothing.
+    bool dense() const {
+      if (dim != 4) return false;
+      std::int64_t stride = 1;
+      for (const int d : {1, 3, 2, 0}) {
+        if (sizes[d] != 1 && strides[d] != stride) return false;
+        stride *= sizes[d];
+      }
+      return stride > 0;
+    }
+  };
+
+  static Sizes sizes_of(const Tensor& image) {
+    std::int64_t* sizes;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(image.get(), &sizes));
     return {sizes[0], sizes[1], sizes[2], sizes[3]};
   }
 
-  // The stride of a size of 1 means nothing.
-  static bool dense(const Tensor& t) {
-    const auto sizes = t.sizes(), strides = t.strides();
-    if (sizes.size() != 4) return false;
-    std::int64_t stride = 1;
-    for (const int d : {1, 3, 2, 0}) {
-      if (sizes[d] != 1 && strides[d] != stride) return false;
-      stride *= sizes[d];
-    }
-    return stride > 0;
+  static std::int32_t dtype(const Tensor& t) {
+    std::int32_t number;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+    return number;
+  }
+
+  static bool has_dtype(const Tensor& t, ScalarType type) {
+    return type == ScalarType::Float ? dtype(t) == aoti_torch_dtype_float32() : t.scalar_type() == type;
+  }
+
+  static std::int32_t device_type(const Tensor& t) {
+    std::int32_t number;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &number));
+    return number;
+  }
+
+  // The library has kernels of one type of device.
+  static std::int32_t needed_device_type() {
+#if defined(FUSED_RESNET_EMULATED)
+    return aoti_torch_device_type_cpu();
+#else
+    return aoti_torch_device_type_cuda();
+#endif
   }
 
   bool lies_here(const Tensor& t, int alignment) const {
-#if defined(FUSED_RESNET_EMULATED)
-    const bool here = t.is_cpu();
-#else
-    const bool here = t.is_cuda() && t.get_device_index() == device_;
-#endif
-    return here && reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % alignment == 0;
+    return device_type(t) == needed_device_type() && t.get_device_index() == device_ &&
+           reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % alignment == 0;
   }
 
   // Such as " [2, 16, 5, 3]".

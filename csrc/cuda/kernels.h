@@ -7,11 +7,15 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace fused_resnet::cuda {
 
 using torch::stable::Tensor;
+
+// Why the driver of this machine cannot run the kernels; empty: it can.
+std::string driver_lacking();
 
 void add_act_fwd(Tensor x, Tensor residual, std::int64_t act, Tensor y);
 void add_act_bwd(Tensor dy, std::optional<Tensor> y, std::optional<Tensor> x, std::optional<Tensor> residual,

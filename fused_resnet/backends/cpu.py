@@ -20,7 +20,7 @@ ACT_CODES = {"none": 0, "relu": 1, "relu6": 2, "hardswish": 3, "silu": 4}
 DTYPES = (torch.float32, torch.bfloat16)
 
 # Of the compiled extension; as in csrc/ops.cpp.
-INTERFACE = 4
+INTERFACE = 5
 
 
 @cache

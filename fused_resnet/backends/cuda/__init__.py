@@ -61,7 +61,9 @@ def _lacking() -> str:
         return NO_KERNELS
     if torch.version.cuda is None:
         return "this torch is built for the CPU"
-    return "" if torch.cuda.is_available() else "no NVIDIA GPU is here"
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU is here"
+    return torch.ops.fused_resnet_C.cuda_driver_lacking()
 
 
 def _emulated() -> bool:
