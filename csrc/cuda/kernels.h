@@ -1,6 +1,6 @@
 // The operators on CUDA. Tensors are dense channels_last of one device, float32, bfloat16 or float16, their addresses
-// multiples of 16 (per-channel vectors, statistics and workspaces float32), and validated by the Python layer; outputs
-// and workspaces are allocated there, and none of them is empty.
+// multiples of 16 (per-channel vectors, statistics and workspaces float32), and none of them is empty: arguments.h
+// refuses others. Outputs and workspaces are allocated by the Python layer.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
