@@ -116,6 +116,8 @@ namespace fused_resnet::cuda {
 using Bf16 = torch::headeronly::BFloat16;
 using Half = torch::headeronly::Half;
 
+constexpr int kWarp = 32;  // threads
+
 #include "pointwise.h"
 
 // Calls body(std::integral_constant<int, kAct>) with an activation that is known when the kernel runs: a branch that is

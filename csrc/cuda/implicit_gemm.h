@@ -7,24 +7,12 @@
 // too, so that they leave in 16 bytes a thread and whole rows a warp.
 #pragma once
 
-#include "cuda/implicit_gemm_plan.h"
+#include "cuda/implicit_gemm_loader.h"
+#include "cuda/implicit_gemm_output.h"
 #include "cuda/launch.h"
 #include "cuda/products.h"
-#include "cuda/tile_moments.h"
 
 namespace fused_resnet::cuda {
-
-struct ConvArgs {
-  const void* x;
-  const void* weight;  // [K, depth]
-  const float* scale;  // null: 1
-  const float* shift;  // null: 0
-  const void* residual;
-  void* out;
-  float* sums;      // [splits, pixels, K]: where the depth is split, sums go there and nothing else is done
-  float* partials;  // [tiles of pixels, 3, K]: the moments of what is written to out
-  int act;
-};
 
 // How elements of T are multiplied.
 template <class T, Products kProducts_>
@@ -53,191 +41,6 @@ FUSED_RESNET_DEVICE void multiply(float (&acc)[kN][4], const std::uint32_t (&a)[
   }
 }
 
-// Copies the steps of a block's depth to shared memory. A thread copies the same chunk of each of its rows. Without
-// kAligned, where the channels of a tap are not whole chunks, it gathers the elements of a chunk of a one by one.
-template <class T, class Tile, bool kAligned>
-class Loader {
- public:
-  static constexpr int kElements = kChunkBytes / static_cast<int>(sizeof(T));
-  static constexpr int kStep = kRowChunks * kElements;
-  static constexpr int kRowsA = Tile::kM / Tile::kCopyRows, kRowsB = Tile::kN / Tile::kCopyRows;
-
-  FUSED_RESNET_DEVICE Loader(const ConvShape& g, const ConvArgs& args, const Work& work, int first_step)
-      : g_(g),
-        row_(static_cast<int>(threadIdx.x) / kRowChunks),
-        chunk_(static_cast<int>(threadIdx.x) % kRowChunks),
-        at_(first_step * kStep + chunk_ * kElements),
-        depth_(g, at_),
-        channels_(g.group_k - work.channel) {
-    // The tile's first pixel is divided in 64 bits, the others, from there on, in 32.
-    const std::int64_t image = work.pixel / g.map();
-    const auto first = static_cast<unsigned>(work.pixel % g.map()), map = static_cast<unsigned>(g.map());
-    x_ = static_cast<const T*>(args.x) + image * g.h * g.w * g.c + work.group * g.group_c;
-#pragma unroll
-    for (int i = 0; i < kRowsA; ++i) {
-      const int row = row_ + i * Tile::kCopyRows;
-      const unsigned images = first + row < map ? 0 : (first + row) / map, pixel = first + row - images * map;
-      const int h = static_cast<int>(pixel / g.q) * g.stride_h - g.pad_h;
-      const int w = static_cast<int>(pixel % g.q) * g.stride_w - g.pad_w;
-      position_[i] = Position::of(work.pixel + row < g.pixels() ? h : Position::kOutside, w);
-      const std::int64_t from = ((static_cast<std::int64_t>(images) * g.h + h) * g.w + w) * g.c;
-      from_[i] = static_cast<Offset>(kAligned ? from / kElements : from);
-    }
-    const std::int64_t first_channel = static_cast<std::int64_t>(work.group) * g.group_k + work.channel;
-    weight_ = static_cast<const T*>(args.weight) + first_channel * g.depth;
-  }
-
-  // Copies the next step to `stage`.
-  FUSED_RESNET_DEVICE void copy(unsigned char* stage) {
-    const Tap tap(g_, depth_);
-#pragma unroll
-    for (int i = 0; i < kRowsA; ++i)
-      copy_pixel(stage + swizzled(row_ + i * Tile::kCopyRows, chunk_), i, tap);
-    stage += Tile::kM * kRowBytes;
-#pragma unroll
-    for (int i = 0; i < kRowsB; ++i) {
-      const int row = row_ + i * Tile::kCopyRows;
-      const bool inside = at_ < g_.depth && row < channels_;
-      cp_async16(stage + swizzled(row, chunk_), weight_ + (inside ? row * g_.depth + at_ : 0), inside);
-    }
-    at_ += kStep;
-    depth_.advance(g_, kStep);
-  }
-
- private:
-  // In registers these are most of what a thread has beside the sums. From the tile's first image chunks are counted in
-  // 32 bits, which is 32 GB, and elements, where they are no chunks, in 64.
-  using Offset = std::conditional_t<kAligned, int, std::int64_t>;
-
-  // What is added to a pixel's row, column and offset to come to a tap's; outside of the filter, to none in the image.
-  struct Tap {
-    int h, w;
-    Offset offset;
-
-    FUSED_RESNET_DEVICE Tap(const ConvShape& g, const Depth& d)
-        : h(d.r < g.r ? d.r * g.dilation_h : INT16_MAX * 2),
-          w(d.s * g.dilation_w),
-          offset((static_cast<Offset>(h) * g.w + w) * (kAligned ? g.c / kElements : g.c) +
-                 (kAligned ? d.c / kElements : d.c)) {}
-  };
-
-  FUSED_RESNET_DEVICE bool inside(int i, const Tap& tap) const {
-    const auto h = static_cast<unsigned>(position_[i].h() + tap.h), w = static_cast<unsigned>(position_[i].w() + tap.w);
-    return h < static_cast<unsigned>(g_.h) && w < static_cast<unsigned>(g_.w);
-  }
-
-  FUSED_RESNET_DEVICE void copy_pixel(unsigned char* to, int i, const Tap& tap) const {
-    if constexpr (kAligned) {
-      const bool valid = inside(i, tap);
-      cp_async16(to, x_ + static_cast<std::int64_t>(valid ? from_[i] + tap.offset : 0) * kElements, valid);
-    } else {
-      Pack<T, kElements> chunk;
-      Depth d = depth_;
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) {
-        const Tap here(g_, d);
-        chunk.data[e] = inside(i, here) ? x_[from_[i] + here.offset] : static_cast<T>(0.0f);
-        d.advance(g_, 1);
-      }
-      store_pack(reinterpret_cast<T*>(to), chunk);
-    }
-  }
-
-  const ConvShape& g_;
-  int row_, chunk_, at_;
-  Depth depth_;
-  int channels_;
-  const T* x_;
-  Position position_[kRowsA];
-  Offset from_[kRowsA];
-  const T* weight_;
-};
-
-// The output's tile in shared memory: it holds the residual before, and the results after them.
-template <class T, class Tile>
-class Output {
- public:
-  static constexpr int kElements = kChunkBytes / static_cast<int>(sizeof(T));
-  static constexpr int kColumns = kRowChunks * kElements;  // of a panel
-
-  // `steps` of the main loop: its stages follow in turn.
-  FUSED_RESNET_DEVICE Output(const ConvShape& g, const Work& work, unsigned char* memory, int steps)
-      : g_(g),
-        memory_(memory),
-        steps_(steps),
-        rows_(static_cast<int>(g.pixels() - work.pixel < Tile::kM ? g.pixels() - work.pixel : Tile::kM)),
-        columns_(g.group_k - work.channel < Tile::kN ? g.group_k - work.channel : Tile::kN),
-        first_(work.pixel * g.k + static_cast<std::int64_t>(work.group) * g.group_k + work.channel) {}
-
-  FUSED_RESNET_DEVICE unsigned char* panel(int number) const {
-    const int stage = (steps_ + number / Tile::kStagePanels) % Tile::kStages;
-    return memory_ + stage * Tile::kStageBytes + number % Tile::kStagePanels * Tile::kM * kRowBytes;
-  }
-
-  FUSED_RESNET_DEVICE T* element(int row, int column) const {
-    const int chunk = column % kColumns / kElements;
-    return reinterpret_cast<T*>(panel(column / kColumns) + swizzled(row, chunk)) + column % kElements;
-  }
-
-  // Calls body(chunk in shared memory, its place in the tensor, how many elements of it are there) for the chunks of
-  // the tile that are this thread's, in the panels that share a stage or in all (part < 0).
-  template <class Body>
-  FUSED_RESNET_DEVICE void for_chunks(int part, const Body& body) const {
-    constexpr int kPanels = Tile::template kPanels<T>;
-    const int begin = part < 0 ? 0 : part * Tile::kStagePanels;
-    const int end = part < 0 || begin + Tile::kStagePanels > kPanels ? kPanels : begin + Tile::kStagePanels;
-    const int chunk = static_cast<int>(threadIdx.x) % kRowChunks;
-    for (int number = begin; number < end; ++number) {
-      const int column = number * kColumns + chunk * kElements;
-      if (column >= columns_) continue;
-#pragma unroll 1
-      for (int row = static_cast<int>(threadIdx.x) / kRowChunks; row < rows_; row += Tile::kCopyRows)
-        body(reinterpret_cast<T*>(panel(number) + swizzled(row, chunk)),
-             first_ + static_cast<std::int64_t>(row) * g_.k + column, columns_ - column);
-    }
-  }
-
-  FUSED_RESNET_DEVICE void copy_residual(const T* residual, int part) const {
-    for_chunks(part, [&](T* to, std::int64_t at, int count) {
-      if (wide()) {
-        cp_async16(to, residual + at, true);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kElements; ++e)
-          if (e < count) to[e] = residual[at + e];
-      }
-    });
-  }
-
-  FUSED_RESNET_DEVICE void store(T* out) const {
-    for_chunks(-1, [&](T* from, std::int64_t at, int count) {
-      const auto chunk = load_pack<T, kElements>(from);
-      if (wide()) {
-        store_global(out + at, chunk);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kElements; ++e)
-          if (e < count) out[at + e] = chunk.data[e];
-      }
-    });
-  }
-
-  FUSED_RESNET_DEVICE int rows() const { return rows_; }
-  FUSED_RESNET_DEVICE int columns() const { return columns_; }
-  FUSED_RESNET_DEVICE std::int64_t at(int row, int column) const {
-    return first_ + static_cast<std::int64_t>(row) * g_.k + column;
-  }
-
- private:
-  // Whether rows of the tensor, and of the tile in them, are whole chunks.
-  FUSED_RESNET_DEVICE bool wide() const { return g_.k % kElements == 0 && g_.group_k % kElements == 0; }
-
-  const ConvShape& g_;
-  unsigned char* memory_;
-  int steps_, rows_, columns_;
-  std::int64_t first_;
-};
-
 // One sum of products, one after the other in fp32, of a part of the depth: what a tile falls back to where a sum of
 // rounded or split products is not finite: the largest floats have an infinite TF32, and Inf has no low part.
 template <class T>
@@ -257,37 +60,6 @@ FUSED_RESNET_DEVICE float plain_sum(const ConvShape& g, const ConvArgs& args, co
       sum += static_cast<float>(x[((n * g.h + h) * g.w + w) * g.c + d.c]) * static_cast<float>(weight[at]);
   }
   return sum;
-}
-
-// Batch norm's first stage: the moments of each channel of the tile, as it was rounded. A lane takes 4 bytes of a row,
-// so that a warp reads a panel's row at once; the warps share a panel's rows, and their moments are merged in order.
-template <class T, class Tile>
-FUSED_RESNET_DEVICE void store_moments(const Output<T, Tile>& tile, unsigned char* memory, float* partials,
-                                       std::int64_t k) {
-  constexpr int kPer = 4 / static_cast<int>(sizeof(T)), kPanels = Tile::template kPanels<T>;
-  constexpr int kParts = Tile::kWarps / kPanels, kPartRows = Tile::kM / kParts;
-  static_assert(Tile::kWarps % kPanels == 0);
-  auto* moments = reinterpret_cast<TileMoments*>(memory);  // [kParts][kN]
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int part = warp / kPanels, row = part * kPartRows;
-  const int rows = tile.rows() - row < kPartRows ? tile.rows() - row : kPartRows;
-#pragma unroll
-  for (int e = 0; e < kPer; ++e) {
-    const int column = (warp % kPanels * kWarp + lane) * kPer + e;
-    moments[part * Tile::kN + column] =
-        moments_of(rows, [&](int i) { return static_cast<float>(*tile.element(row + i, column)); });
-  }
-  __syncthreads();
-  for (int column = static_cast<int>(threadIdx.x); column < tile.columns(); column += Tile::kThreads) {
-    TileMoments whole = moments[column];
-    for (int i = 1; i < kParts; ++i)
-      whole.merge(moments[i * Tile::kN + column]);
-    PartialMoments partial = whole.partial();
-    if (!partial.finite())
-      partial = PartialMoments::taken_again(
-          tile.rows(), [&](std::int64_t i) { return static_cast<float>(*tile.element(static_cast<int>(i), column)); });
-    partial.store(partials + column, k);
-  }
 }
 
 // How many blocks' registers have to fit: while one waits for its copies, another one multiplies.

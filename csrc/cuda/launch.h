@@ -29,7 +29,6 @@ inline void check(cudaError_t error, const char* what) {
 }
 #endif
 
-constexpr int kWarp = 32;
 constexpr std::size_t kSharedByDefault = 48 << 10;  // what a block may take without asking for more
 
 inline const void* data_or_null(const std::optional<Tensor>& t) {
