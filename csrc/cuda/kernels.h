@@ -39,8 +39,9 @@ void stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, std::optional<Ten
           std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile, bool tf32, std::int64_t act, Tensor out);
 
 // A tile of rows (pixels) has tile_rows of them, the last one what is left; partials hold, for every tile and channel,
-// the mean in two parts and the variance (bn_stats), or the sums of g and g * (x - mean) (bn_reduce). A mask has a byte for every
-// access, of 16 bytes where the channels are a multiple of that and else of one element, and in it a bit an element.
+// the mean in two parts and the variance (bn_stats), or the sums of g and g * (x - mean) (bn_reduce). A mask has a byte
+// for every access, of 16 bytes where the channels are a multiple of that and else of one element, and in it a bit an
+// element.
 void bn_stats(Tensor x, std::int64_t tile_rows, Tensor partials);
 void bn_finalize(Tensor partials, std::int64_t rows, std::int64_t tile_rows, Tensor mean, Tensor var);
 void bn_apply(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
