@@ -70,12 +70,6 @@ __global__ void __launch_bounds__(kThreads)
       });
 }
 
-// Calls body(integral constant) with the elements of an access: as many as fit in 16 bytes, one where they do not fit.
-template <class T, class Body>
-void with_width(std::int64_t count, const Body& body) {
-  count % kWide<T> == 0 ? body(std::integral_constant<int, kWide<T>>{}) : body(std::integral_constant<int, 1>{});
-}
-
 std::int64_t blocks(std::int64_t count, int width) {
   return ceil_div(count, static_cast<std::int64_t>(kThreads) * kVectors * width);
 }

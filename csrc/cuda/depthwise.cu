@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads)
     for (int e = 0; e < kN; ++e)
       w[tap][e] = static_cast<float>(pack.data[e]);
   }
-  load_vector(scale, scale_vector, at.c, 1.0f);
-  load_vector(shift, shift_vector, at.c, 0.0f);
+  load_channels(scale, scale_vector, at.c, 1.0f);
+  load_channels(shift, shift_vector, at.c, 0.0f);
 
   const std::int64_t pitch = static_cast<std::int64_t>(conv.q) * conv.channels;
   std::int64_t to = (static_cast<std::int64_t>(at.image) * conv.p + at.row) * pitch +
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 8)
     }
   }
   float scale[kN], shift[kN];
-  load_vector(scale, scale_vector, at.c, 1.0f);
-  load_vector(shift, shift_vector, at.c, 0.0f);
+  load_channels(scale, scale_vector, at.c, 1.0f);
+  load_channels(shift, shift_vector, at.c, 0.0f);
   const int across = kGradient ? conv.w : conv.q;
   const std::int64_t pixel = (static_cast<std::int64_t>(at.image) * strips.height + at.row) * across + at.column;
   const std::int64_t to = pixel * conv.channels + at.c;
@@ -224,21 +224,6 @@ struct Tile {
     threads = static_cast<int>(sizes[2]) * kWarp;
   }
 };
-
-// Calls body(window, stride), integral constants, for those that have a kernel of their own; returns whether it has.
-template <class Body>
-bool with_window(const Depthwise& conv, const Body& body) {
-  const auto call = [&](auto window, auto stride) {
-    if (!conv.is(window(), stride())) return false;
-    body(window, stride);
-    return true;
-  };
-  constexpr std::integral_constant<int, 1> kOne;
-  constexpr std::integral_constant<int, 2> kTwo;
-  constexpr std::integral_constant<int, 3> kThree;
-  constexpr std::integral_constant<int, 5> kFive;
-  return call(kThree, kOne) || call(kThree, kTwo) || call(kFive, kOne) || call(kFive, kTwo);
-}
 
 // The most channels a thread: 16 bytes, and half of that where the filter fills the registers.
 template <class T>

@@ -11,6 +11,7 @@
 
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "cuda/widen.h"
 
 namespace fused_resnet::cuda {
 
@@ -80,27 +81,6 @@ struct Strip {
   }
 };
 
-// kN elements of T as they lie in memory: words that stay whole until they are used. As elements, 16-bit ones would
-// each take a register from the load on.
-template <class T, int kN>
-struct Raw {
-  static constexpr int kBytes = kN * static_cast<int>(sizeof(T));
-  using Word = std::conditional_t<kBytes % 4 == 0, std::uint32_t, std::uint16_t>;
-  static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
-  Pack<Word, kWords> words{};
-
-  FUSED_RESNET_DEVICE void load(const T* pointer) {
-    words = load_pack<Word, kWords>(reinterpret_cast<const Word*>(pointer));
-  }
-
-  FUSED_RESNET_DEVICE float operator[](int e) const {
-    if constexpr (sizeof(T) == 4) return as_float(words.data[e]);
-    const std::uint32_t word = words.data[e * 2 / static_cast<int>(sizeof(Word))];
-    if constexpr (std::is_same_v<T, Bf16>) return as_float(e % 2 ? word & 0xffff0000u : word << 16);
-    return static_cast<float>(Half(static_cast<std::uint16_t>(e % 2 ? word >> 16 : word), Half::from_bits()));
-  }
-};
-
 // Reads rows of kWidth columns, kN channels each, downwards from row h and column w of an image [height, width, C];
 // zeros outside of [first, last) and of the columns.
 template <class T, int kN, int kWidth>
@@ -151,6 +131,21 @@ void with_channels(int channels, std::int64_t wanted, const Body& body) {
         : (found = true, void(body(std::integral_constant<int, kWidths>{})))),
    ...);
   STD_TORCH_CHECK(found, "depthwise convolution: no kernel has so few channels a thread");
+}
+
+// Calls body(window, stride), integral constants, for those that have a kernel of their own; returns whether it has.
+template <class Body>
+bool with_window(const Depthwise& conv, const Body& body) {
+  const auto call = [&](auto window, auto stride) {
+    if (!conv.is(window(), stride())) return false;
+    body(window, stride);
+    return true;
+  };
+  constexpr std::integral_constant<int, 1> kOne;
+  constexpr std::integral_constant<int, 2> kTwo;
+  constexpr std::integral_constant<int, 3> kThree;
+  constexpr std::integral_constant<int, 5> kFive;
+  return call(kThree, kOne) || call(kThree, kTwo) || call(kFive, kOne) || call(kFive, kTwo);
 }
 
 }  // namespace fused_resnet::cuda

@@ -165,7 +165,7 @@ void partial_sums(const Launcher& launch, const T* grad, const T* x, float* part
       lanes *= 2;
     body(ceil_div(vectors, lanes), lanes);
   };
-  const auto run = [&](auto window, auto stride) {
+  const bool found = with_window(conv, [&](auto window, auto stride) {
     constexpr int kMost = window() == 3 ? kWide<T> : 2;
     with_channels<kMost, 1>(conv.channels, kMost, [&](auto width) {
       const Strips strips(conv.p, conv.q, conv.channels, kRows, 1, width());
@@ -176,15 +176,8 @@ void partial_sums(const Launcher& launch, const T* grad, const T* x, float* part
                partial, conv, strips, count, tiles, lanes);
       });
     });
-  };
-  constexpr std::integral_constant<int, 1> kOne;
-  constexpr std::integral_constant<int, 2> kTwo;
-  constexpr std::integral_constant<int, 3> kThree;
-  constexpr std::integral_constant<int, 5> kFive;
-  if (conv.is(3, 1)) return run(kThree, kOne);
-  if (conv.is(3, 2)) return run(kThree, kTwo);
-  if (conv.is(5, 1)) return run(kFive, kOne);
-  if (conv.is(5, 2)) return run(kFive, kTwo);
+  });
+  if (found) return;
   with_channels<kWide<T>, 1>(conv.channels, kWide<T>, [&](auto width) {
     across(width(), [&](std::int64_t blocks, int lanes) {
       launch(depthwise_wgrad_any_kernel<T, width()>, blocks * conv.window[0] * conv.window[1] * tiles, kThreads,

@@ -124,10 +124,18 @@ constexpr int kWarp = 32;  // threads
 // the same for all threads.
 template <class Body>
 FUSED_RESNET_DEVICE void for_act(int act, const Body& body) {
-  if (act == kRelu) body(std::integral_constant<int, kRelu>{});
-  if (act == kRelu6) body(std::integral_constant<int, kRelu6>{});
-  if (act == kHardswish) body(std::integral_constant<int, kHardswish>{});
-  if (act == kSilu) body(std::integral_constant<int, kSilu>{});
+  switch (act) {
+    case kRelu:
+      return body(std::integral_constant<int, kRelu>{});
+    case kRelu6:
+      return body(std::integral_constant<int, kRelu6>{});
+    case kHardswish:
+      return body(std::integral_constant<int, kHardswish>{});
+    case kSilu:
+      return body(std::integral_constant<int, kSilu>{});
+    default:
+      return;
+  }
 }
 
 // kN elements that are read and written at once, in up to 16 bytes.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cuda/affine.h"
 #include "cuda/kernels.h"
 
 namespace fused_resnet::cuda {
@@ -33,11 +34,7 @@ __global__ void __launch_bounds__(kThreads)
     total.data[e] = total.data[e] * (scale ? scale[channel + e] : 1.0f) + (shift ? shift[channel + e] : 0.0f);
     if (residual) total.data[e] += static_cast<float>(added.data[e]);
   }
-  for_act(act, [&](auto code) {
-#pragma unroll
-    for (int e = 0; e < kN; ++e)
-      total.data[e] = activate<code()>(total.data[e]);
-  });
+  activate_all(total.data, act);
 #pragma unroll
   for (int e = 0; e < kN; ++e)
     y.data[e] = static_cast<T>(total.data[e]);

@@ -78,6 +78,13 @@ void with_act(std::int64_t act, const Body& body) {
   }
 }
 
+// Calls body(integral constant) with the elements of an access: as many as fit in 16 bytes where `count` is a multiple
+// of them, else one.
+template <class T, class Body>
+void with_width(std::int64_t count, const Body& body) {
+  count % kWide<T> == 0 ? body(std::integral_constant<int, kWide<T>>{}) : body(std::integral_constant<int, 1>{});
+}
+
 // Makes the device of a tensor the current one for as long as it lives, and launches on its current stream.
 class Launcher {
  public:

@@ -97,37 +97,4 @@ FUSED_RESNET_DEVICE void merge_lines(const RowTile& tile, float (&own)[kValues],
   }
 }
 
-// kN values of a per-channel vector, from `vector` on; `otherwise` where there is none.
-template <int kN>
-FUSED_RESNET_DEVICE void load_channels(float (&out)[kN], const float* vector, std::int64_t channel, float otherwise) {
-  constexpr int kPack = kN < 4 ? kN : 4;
-#pragma unroll
-  for (int i = 0; i < kN; i += kPack) {
-    const auto pack = vector ? load_pack<float, kPack>(vector + channel + i) : Pack<float, kPack>{};
-#pragma unroll
-    for (int e = 0; e < kPack; ++e)
-      out[i + e] = vector ? pack.data[e] : otherwise;
-  }
-}
-
-template <int kN>
-FUSED_RESNET_DEVICE void store_channels(float* vector, const float (&values)[kN]) {
-  constexpr int kPack = kN < 4 ? kN : 4;
-#pragma unroll
-  for (int i = 0; i < kN; i += kPack) {
-    Pack<float, kPack> pack;
-#pragma unroll
-    for (int e = 0; e < kPack; ++e)
-      pack.data[e] = values[i + e];
-    store_global(vector + i, pack);
-  }
-}
-
-// Calls body(integral constant) with the elements of an access: as many as fit in 16 bytes where the channels are a
-// multiple of them, else one.
-template <class T, class Body>
-void with_width(std::int64_t channels, const Body& body) {
-  channels % kWide<T> == 0 ? body(std::integral_constant<int, kWide<T>>{}) : body(std::integral_constant<int, 1>{});
-}
-
 }  // namespace fused_resnet::cuda

@@ -154,8 +154,8 @@ FUSED_RESNET_DEVICE void write(float (&v)[kGroups][2][kWide<T>], const float* sc
     const int k = first_k + group * 4 * kV, here = conv.k - k < kV ? conv.k - k : kV;
     float scale[kV] = {}, shift[kV] = {};
     if (here == kV) {
-      load_vector(scale, scale_vector, k, 1.0f);
-      load_vector(shift, shift_vector, k, 0.0f);
+      load_channels(scale, scale_vector, k, 1.0f);
+      load_channels(shift, shift_vector, k, 0.0f);
     } else {
 #pragma unroll
       for (int e = 0; e < kV; ++e)
@@ -178,7 +178,7 @@ FUSED_RESNET_DEVICE void write(float (&v)[kGroups][2][kWide<T>], const float* sc
         v[group][half][e] = v[group][half][e] * scale[e] + shift[e] + static_cast<float>(added.data[e]);
     }
   }
-  activate_any(reinterpret_cast<float (&)[kGroups * 2 * kV]>(v), conv.act);
+  activate_all(reinterpret_cast<float (&)[kGroups * 2 * kV]>(v), conv.act);
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int k = first_k + group * 4 * kV, here = conv.k - k < kV ? conv.k - k : kV;
