@@ -1,5 +1,5 @@
-// The one registration file: every compiled kernel, in the private namespace that backends/cpu.py and backends/cuda call.
-// The public operators, their schemas, fakes and gradients are defined in Python.
+// The one registration file: every compiled kernel, in the private namespace that backends/cpu.py and backends/cuda
+// call. The public operators, their schemas, fakes and gradients are defined in Python.
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
