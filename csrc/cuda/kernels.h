@@ -29,8 +29,9 @@ void conv(Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Te
           std::optional<Tensor> residual, std::vector<std::int64_t> geometry, std::int64_t act, bool tf32,
           std::int64_t tile_m, std::int64_t tile_n, Tensor out, std::optional<Tensor> sums,
           std::optional<Tensor> partials);
-// Convolutions: weights are packed by the Python layer; geometry is window, stride, padding and dilation, each (height,
-// width). A depthwise tile is the rows and channels of a thread, and the warps of a block.
+
+// Of the special ones weights are packed by the Python layer too; geometry is window, stride, padding and dilation,
+// each (height, width). A depthwise tile is the rows and channels of a thread, and the warps of a block.
 void depthwise_fwd(Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
                    std::optional<Tensor> residual, std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile,
                    std::int64_t act, Tensor out);
