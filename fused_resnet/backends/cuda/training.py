@@ -16,7 +16,7 @@ from fused_resnet.backends.reference import channels_last
 
 _ops = torch.ops.fused_resnet_C
 
-# Of csrc/cuda/rows.h: threads and rows at once of a thread, and bytes that a block takes of a row.
+# Of csrc/cuda/rows.h: threads of a block, rows that one has in flight, and threads side by side in a row, at most.
 _THREADS, _AT_ONCE, _MOST_LANES = 256, 4, 32
 
 # Blocks of a pass that leaves partials: whole waves of 2, 3, 4 or 6 blocks a multiprocessor. More would only make
@@ -30,7 +30,7 @@ def _vectors(count: int, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _width(x: Tensor) -> int:
-    """Elements of an access, as `with_width` of csrc/cuda/rows.h has them."""
+    """Elements of an access, as `with_width` of csrc/cuda/launch.h has them."""
     wide = 16 // x.element_size()
     return 1 if x.shape[1] % wide else wide
 
@@ -74,16 +74,16 @@ def scale_act(x, scale, shift, residual, act):
     return out
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the channels of x, which is `ready`."""
+def moments(x: Tensor) -> tuple[Tensor, int]:
+    """Of x, which is `ready`: partials [tiles, 3, C], the mean in two parts and the variance; and a tile's rows."""
     rows = tile_rows(x)
     partials = _partials(x, rows, 3)
     _ops.cuda_bn_stats(x, rows, partials)
-    return merged_statistics(x, partials, rows)
+    return partials, rows
 
 
 def merged_statistics(x: Tensor, partials: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The same from the partials [tiles, 3, C] of tiles of so many rows: the mean in two parts, and the variance."""
+    """Mean and biased variance of the channels of x, from its `moments`."""
     mean, var = _vectors(2, x)
     _ops.cuda_bn_finalize(partials, _rows(x), rows, mean, var)
     return mean, var
@@ -105,8 +105,7 @@ def gradient_mask(x: Tensor) -> Tensor:
 
 def bn_act(x, weight, bias, residual, eps, act):
     x = ready(x)
-    mean, var = statistics(x)
-    return normalise_act(x, mean, var, weight, bias, residual, eps, act), mean, var
+    return finish_bn_act(x, *moments(x), weight, bias, residual, eps, act)
 
 
 def finish_bn_act(z, partials, rows, weight, bias, residual, eps, act):
@@ -185,10 +184,7 @@ def bn_act_max_pool2d(x, weight, bias, eps, act, kernel, stride, padding, size):
     The output of bn_act is rounded as it would be in memory, which it never is in.
     """
     x = ready(x)
-    rows = tile_rows(x)
-    partials = _partials(x, rows, 3)
-    _ops.cuda_bn_stats(x, rows, partials)
-    return finish_bn_act_max_pool2d(x, partials, rows, weight, bias, eps, act, kernel, stride, padding, size)
+    return finish_bn_act_max_pool2d(x, *moments(x), weight, bias, eps, act, kernel, stride, padding, size)
 
 
 def finish_bn_act_max_pool2d(z, partials, rows, weight, bias, eps, act, kernel, stride, padding, size):
