@@ -248,26 +248,31 @@ def _engine_pays(size, dtype: torch.dtype, args) -> bool:
     return engine_takes(dtype, args) and k >= 32 and n * k * p * q * dtype.itemsize >= 4 << 20
 
 
-def _convolve(x, weight, bias, args) -> Tensor:
+def _convolve(x, weight, bias, args, residual=None) -> Tensor:
     """A convolution in csrc/cpu whose weight has just changed, so that its packed form is not worth keeping."""
     channels = weight.shape[0]
     shift = torch.zeros(channels) if bias is None else bias.detach().float()
     weights = _pack(weight, x.dtype, lasting=False)
     z = _empty(args.output_size(x, weight), x.dtype)
     torch.ops.fused_resnet_C.conv_scale_act(
-        x, weights, torch.ones(channels), shift, None, _geometry(weight, args), ACT_CODES["none"], z
+        x, weights, torch.ones(channels), shift, residual, _geometry(weight, args), ACT_CODES["none"], z
     )
     return z
 
 
-def convolution_backward(grad, x, weight, args, needs):
-    d_x = _input_gradient(channels_last(grad), x, weight, args) if needs[0] else None
-    rest = (needs[0] and d_x is None, *needs[1:])
-    found = reference.convolution_backward(grad, x, weight, args, rest) if any(rest) else (None, None, None)
-    return found[0] if d_x is None else d_x, *found[1:]
+def convolution_backward(grad, x, norm, act, weight, args, needs, residual):
+    d_y = _input_gradient(channels_last(grad), x, weight, args, residual) if needs[0] else None
+    rest = (needs[0] and d_y is None, *needs[1:])
+    if not any(rest):
+        return d_y, None, None
+    y = activation(x, norm, act) if rest[1] else x
+    found = reference.convolution_backward(grad, y, None, "none", weight, args, rest, None)
+    if rest[0]:
+        d_y = found[0] if residual is None else add_act(found[0], residual, "none")
+    return d_y, *found[1:]
 
 
-def _input_gradient(grad, x, weight, args) -> Tensor | None:
+def _input_gradient(grad, x, weight, args, residual) -> Tensor | None:
     """Without a stride it is a convolution too, with the weight turned around; None: it is left to aten."""
     strided = args.stride != (1, 1)
     spread = [args.dilation[i] * (weight.shape[i + 2] - 1) for i in range(2)]
@@ -277,20 +282,39 @@ def _input_gradient(grad, x, weight, args) -> Tensor | None:
     turned = weight.detach().transpose(0, 1)
     if max(spread) > 0:
         turned = turned.flip(2, 3)
-    d_x = _convolve(grad, turned, None, args._replace(stride=(1, 1), padding=padding))
+    unstrided = args._replace(stride=(1, 1), padding=padding)
     if not strided:
-        return d_x
-    # Of a 1x1 convolution with a stride: the pixels that it passes over have no gradient.
-    whole = _empty(x.shape, x.dtype).zero_()
-    whole[:, :, :: args.stride[0], :: args.stride[1]] = d_x
+        return _convolve(grad, turned, None, unstrided, residual)
+    # Of a 1x1 convolution with a stride: the pixels that it passes over have no gradient of their own.
+    whole = _empty(x.shape, x.dtype)
+    whole.zero_() if residual is None else whole.copy_(residual)
+    whole[:, :, :: args.stride[0], :: args.stride[1]] += _convolve(grad, turned, None, unstrided)
     return whole
 
 
-def conv_bn_act(x, weight, conv_bias, bn_weight, bn_bias, residual, args, eps, act):
-    x = channels_last(x)
+def activation(x, norm, act) -> Tensor:
+    """act(norm(x)), as a convolution reads it; x without a norm."""
+    return channels_last(x) if norm is None else norm_act(x, norm, None, None, act)[0]
+
+
+def convolve(x, norm, act, weight, bias, args) -> Tensor:
+    x = activation(x, norm, act)
     if _engine_pays(args.output_size(x, weight), x.dtype, args):
-        z = _convolve(x, weight, conv_bias, args)
-    else:
-        z = channels_last(reference.convolution(x, weight, conv_bias, args))
-    y, mean, var = bn_act(z, bn_weight, bn_bias, residual, eps, act)
-    return y, z, mean, var
+        return _convolve(x, weight, bias, args)
+    return channels_last(reference.convolution(x, weight, bias, args))
+
+
+def conv_moments(x, norm, act, weight, bias, args):
+    z = convolve(x, norm, act, weight, bias, args)
+    return z, *moments(z)
+
+
+from fused_resnet.backends.reference import (
+    moments,
+    norm_act,
+    norm_act_reduce,
+    norm_act_input_grad,
+    norm_act_max_pool2d,
+    norm_act_max_pool2d_reduce,
+    norm_act_max_pool2d_input_grad,
+)  # TEMP

@@ -31,8 +31,12 @@ class ConvArgs(NamedTuple):
         return cls(tuple(stride), tuple(padding), tuple(dilation), groups)
 
     def output_size(self, x: Tensor, weight: Tensor) -> list[int]:
-        spatial = windows(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation)
-        return [x.shape[0], weight.shape[0], *spatial]
+        return self.output_shape(x.shape, weight)
+
+    def output_shape(self, size, weight: Tensor) -> list[int]:
+        """The output's shape for an input of shape `size`."""
+        spatial = windows(size[2:], weight.shape[2:], self.stride, self.padding, self.dilation)
+        return [size[0], weight.shape[0], *spatial]
 
 
 class Problem(NamedTuple):

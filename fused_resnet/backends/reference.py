@@ -86,11 +86,14 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, args) -> Tensor:
     return F.conv2d(x, weight.to(x.dtype), bias, args.stride, args.padding, args.dilation, args.groups)
 
 
-def convolution_backward(grad, x, weight, args, needs):
-    """Gradients of x, weight and bias of a convolution, each None where not needed, through aten."""
+def convolution_backward(grad, x, norm, act, weight, args, needs, residual):
+    """Gradients of what a convolution reads, act(norm(x)), of its weight and of its bias, through aten.
+
+    Each is None where not needed. `residual` is a gradient that the first one gets beside its own, or None.
+    """
     grads = torch.ops.aten.convolution_backward(
         grad,
-        x,
+        activation(x, norm, act) if needs[1] else x,
         weight.to(x.dtype),
         [weight.shape[0]] if needs[2] else None,
         args.stride,
@@ -101,8 +104,10 @@ def convolution_backward(grad, x, weight, args, needs):
         args.groups,
         list(needs),
     )
-    d_x, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return d_x, None if d_weight is None else d_weight.to(weight.dtype), d_bias
+    d_y, d_weight, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    if d_y is not None and residual is not None:
+        d_y = d_y + residual
+    return d_y, None if d_weight is None else d_weight.to(weight.dtype), d_bias
 
 
 def conv_scale_act(x, weight, scale, shift, residual, args, act):
@@ -144,43 +149,113 @@ def compute(problem, x, weight, scale, shift, residual) -> Tensor:
     return max_pool2d(y, 3, 2, 1, None) if problem.op == POOLED else y
 
 
-def normalise(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) in fp32 (fp64 for fp64): centred before it is scaled, so that nothing cancels."""
-    dtype = wide(x)
-    invstd = torch.rsqrt(var + eps).view(1, -1, 1, 1)
-    return (x.to(dtype) - mean.view(1, -1, 1, 1)) * invstd
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
-def bn_act(x, weight, bias, residual, eps, act):
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over N, H and W, in fp32 (fp64 for fp64)."""
     var, mean = torch.var_mean(x.to(wide(x)), dim=(0, 2, 3), correction=0)
-    ones = torch.ones_like(mean) if weight is None else weight
-    zeros = torch.zeros_like(mean) if bias is None else bias
-    y = act_forward(affine(normalise(x, mean, var, eps), ones, zeros, residual), act)
-    return channels_last(y.to(x.dtype)), mean, var
+    return mean, var
 
 
-def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs):
-    x_hat = normalise(x, mean, var, eps)
+def normalise(x: Tensor, norm) -> Tensor:
+    """(x - mean) / sqrt(var + eps) in fp32 (fp64 for fp64): centred before it is scaled, so that nothing cancels."""
+    invstd = torch.rsqrt(norm.var + norm.eps).view(1, -1, 1, 1)
+    return (x.to(wide(x)) - norm.mean.view(1, -1, 1, 1)) * invstd
+
+
+def pre_activation(x: Tensor, norm, residual: Tensor | None, residual_norm) -> Tensor:
+    """norm(x) + residual, or norm(x) + residual_norm(residual), in fp32 (fp64 for fp64)."""
+    ones, zeros = torch.ones_like(norm.mean), torch.zeros_like(norm.mean)
+    weight, bias = (ones if norm.weight is None else norm.weight), (zeros if norm.bias is None else norm.bias)
+    if residual_norm is not None:
+        residual = pre_activation(residual, residual_norm, None, None)
+    return affine(normalise(x, norm), weight, bias, residual)
+
+
+def norm_act(x, norm, residual, residual_norm, act):
+    """act(norm(x) + residual), and None: its output tells the slope of the activation."""
+    return channels_last(act_forward(pre_activation(x, norm, residual, residual_norm), act).to(x.dtype)), None
+
+
+def activation(x: Tensor, norm, act: str) -> Tensor:
+    """act(norm(x)), as the convolution behind it reads it; x without a norm."""
+    return x if norm is None else norm_act(x, norm, None, None, act)[0]
+
+
+def convolve(x, norm, act, weight, bias, args) -> Tensor:
+    """conv2d(act(norm(x)), weight, bias); of x itself where norm is None."""
+    return channels_last(convolution(activation(x, norm, act), weight, bias, args))
+
+
+def conv_moments(x, norm, act, weight, bias, args):
+    """`convolve`, and the moments of its output."""
+    z = convolve(x, norm, act, weight, bias, args)
+    return z, *moments(z)
+
+
+def _gradient_behind(grad, x, norm, residual, residual_norm, act, y) -> Tensor:
+    """The gradient of the pre-activation, in fp32 (fp64 for fp64)."""
     pre = None
     if y is None and act != "none":
-        ones = torch.ones_like(mean) if weight is None else weight
-        zeros = torch.zeros_like(mean) if bias is None else bias
-        pre = affine(x_hat, ones, zeros, residual)
+        pre = pre_activation(x, norm, residual, residual_norm)
         if act in ("relu", "relu6"):
             y = act_forward(pre, act).to(x.dtype)  # rounded as the forward's, for the same pieces
-    grad = act_backward(grad.to(wide(x)), y, pre, act)
-    d_bias, d_weight = channel_sum(grad), channel_sum(grad, x_hat)
-    nothing = x.new_empty(0)
-    d_x = nothing
-    if needs[0]:
-        count = x.shape[0] * x.shape[2] * x.shape[3]
-        slope = torch.rsqrt(var + eps) * (1 if weight is None else weight)
-        inner = grad - (d_bias / count).view(1, -1, 1, 1) - x_hat * (d_weight / count).view(1, -1, 1, 1)
-        d_x = channels_last((inner * slope.view(1, -1, 1, 1)).to(x.dtype))
-    return d_x, d_weight, d_bias, channels_last(grad.to(x.dtype)) if needs[3] else nothing
+    return act_backward(grad.to(wide(x)), y, pre, act)
 
 
-def conv_bn_act(x, weight, conv_bias, bn_weight, bn_bias, residual, args, eps, act):
-    z = channels_last(convolution(x, weight, conv_bias, args))
-    y, mean, var = bn_act(z, bn_weight, bn_bias, residual, eps, act)
-    return y, z, mean, var
+def norm_act_reduce(grad, x, norm, residual, residual_norm, act, y, mask, write):
+    """The gradient of the pre-activation, in x's dtype, where `write` asks for it; and its sums.
+
+    Returns:
+        g, or None; d_weight, the sum of g * x_hat; d_bias, the sum of g; d_residual_weight, or None.
+    """
+    g = _gradient_behind(grad, x, norm, residual, residual_norm, act, y)
+    d_residual_weight = None if residual_norm is None else channel_sum(g, normalise(residual, residual_norm))
+    written = channels_last(g.to(x.dtype)) if write else None
+    return written, channel_sum(g, normalise(x, norm)), channel_sum(g), d_residual_weight
+
+
+def norm_act_input_grad(
+    grad, x, norm, residual, residual_norm, act, y, mask, d_weight, d_bias, d_residual_weight, count
+):
+    """The gradient of x and, where it has a norm of its own, of the residual; `count`: values a channel."""
+    g = _gradient_behind(grad, x, norm, residual, residual_norm, act, y)
+
+    def behind(x, norm, d_weight):
+        slope = torch.rsqrt(norm.var + norm.eps) * (1 if norm.weight is None else norm.weight)
+        inner = g - (d_bias / count).view(1, -1, 1, 1) - normalise(x, norm) * (d_weight / count).view(1, -1, 1, 1)
+        return channels_last((inner * slope.view(1, -1, 1, 1)).to(x.dtype))
+
+    d_residual = None if residual_norm is None else behind(residual, residual_norm, d_residual_weight)
+    return behind(x, norm, d_weight), d_residual
+
+
+def _window_starts(y: Tensor, stride, padding) -> tuple[Tensor, Tensor]:
+    """The first row [P, 1] and the first column [1, Q] of the windows of a pooling's output [N, C, P, Q]."""
+    rows, columns = (torch.arange(y.shape[i + 2], device=y.device) * stride[i] - padding[i] for i in range(2))
+    return rows.view(-1, 1), columns
+
+
+def norm_act_max_pool2d(x, norm, act, kernel, stride, padding, size):
+    """max_pool2d(act(norm(x))), and the number in its window, r * S + s, of the tap that each output is."""
+    y, index = F.max_pool2d(activation(x, norm, act), kernel, stride, padding, return_indices=True)
+    row, column = _window_starts(y, stride, padding)
+    tap = (index // x.shape[3] - row) * kernel[1] + index % x.shape[3] - column
+    return channels_last(y), channels_last(tap.to(torch.uint8))
+
+
+def norm_act_max_pool2d_reduce(grad, argmax, x, norm, act, kernel, stride, padding):
+    """The gradient of the pre-activation, for the next step, and its sums d_weight and d_bias."""
+    row, column = _window_starts(grad, stride, padding)
+    tap = argmax.long()
+    index = (tap // kernel[1] + row) * x.shape[3] + tap % kernel[1] + column
+    d_y = torch.ops.aten.max_pool2d_with_indices_backward(
+        channels_last(grad), x, kernel, stride, padding, (1, 1), False, channels_last(index)
+    )
+    g, d_weight, d_bias, _ = norm_act_reduce(d_y, x, norm, None, None, act, None, None, True)
+    return g, d_weight, d_bias
+
+
+def norm_act_max_pool2d_input_grad(grad, argmax, x, norm, act, kernel, stride, padding, g, d_weight, d_bias, count):
+    return norm_act_input_grad(g, x, norm, None, None, "none", None, None, d_weight, d_bias, None, count)[0]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.models.registry import factory, register
-from fused_resnet.models.resnet import check_shortcut, initialise, make_stage, run_blocks
+from fused_resnet.models.resnet import check_shortcut, initialise, make_stage
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
-from fused_resnet.modules.blocks import BasicBlock, conv3x3
+from fused_resnet.modules.blocks import BasicBlock, conv3x3, run_in_turn
 
 
 class CIFARResNet(unit.FusedModule):
@@ -44,7 +44,7 @@ class CIFARResNet(unit.FusedModule):
             raise ValueError(f"depth must be 6n + 2, at least 8, got {depth}")
         check_shortcut(shortcut)
         norm_layer = norm_layer or BatchNorm2d
-        common = {"shortcut": shortcut, "norm_layer": norm_layer}
+        common = {"shortcut": shortcut, "norm_layer": norm_layer, "lean": lean}
         blocks = (depth - 2) // 6
         self.lean, self.shortcut = lean, shortcut
         self.conv1 = conv3x3(in_channels, 16)
@@ -59,7 +59,7 @@ class CIFARResNet(unit.FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         x = unit.conv_bn_act(self.conv1, self.bn1, x)
         for stage in (self.layer1, self.layer2, self.layer3):
-            x = run_blocks(stage, x, self.lean)
+            x = run_in_turn(stage, x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 

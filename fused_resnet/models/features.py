@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fused_resnet.models.resnet import ResNet, run_blocks
+from fused_resnet.models.resnet import ResNet
+from fused_resnet.modules.blocks import run_in_turn
 
 MAPS = ("bn1", "layer1", "layer2", "layer3", "layer4")
 
@@ -61,6 +62,6 @@ class ResNetFeatures(ResNet):
         maps = [self.stem(x)]
         x = self.maxpool(maps[0])
         for stage in self.stages():
-            x = run_blocks(stage, x, self.lean)
+            x = run_in_turn(stage, x)
             maps.append(x)
         return [maps[i] for i in self.out_indices]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.models.registry import factory, register
-from fused_resnet.models.resnet import initialise, run_blocks
+from fused_resnet.models.resnet import initialise
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
 from fused_resnet.modules.conv_bn_act import ConvBNAct2d, DepthwiseSeparableConv2d
@@ -42,7 +42,7 @@ class _MobileNet(unit.FusedModule):
     lean: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        x = run_blocks(self.features, x, self.lean)
+        x = self.features(x)
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
         return self.classifier(torch.flatten(x, 1))
 
@@ -75,6 +75,7 @@ class MobileNetV1(_MobileNet):
         for planes, stride in V1_LAYERS:
             out_channels = make_divisible(planes * width_mult)
             features.append(DepthwiseSeparableConv2d(channels, out_channels, stride=stride))
+            features[-1].lean = lean
             channels = out_channels
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
@@ -102,10 +103,17 @@ class ConvBNReLU6(unit.FusedModule, nn.Sequential):
         super().__init__(conv, norm_layer(out_channels), nn.ReLU6(inplace=True))
         self.out_channels = out_channels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def layer(self) -> unit.Layer | None:
+        """Its children as one layer; None where they are others, or hooked."""
         if len(self) != 3 or type(self[2]) is not nn.ReLU6 or unit.hooked(self[2]):
+            return None
+        return unit.Layer(self[0], self[1], "relu6")
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer()
+        if layer is None:
             return nn.Sequential.forward(self, x)
-        return unit.conv_bn_act(self[0], self[1], x, act="relu6")
+        return unit.conv_bn_act(layer.conv, layer.bn, x, act=layer.act)
 
 
 class InvertedResidual(unit.FusedModule):
@@ -117,6 +125,8 @@ class InvertedResidual(unit.FusedModule):
     Raises:
         ValueError: a stride other than 1 or 2.
     """
+
+    lean: bool = False  # in training, compute the last convolution again instead of keeping it
 
     def __init__(
         self,
@@ -142,10 +152,13 @@ class InvertedResidual(unit.FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         if unit.hooked(self.conv):
             return x + self.conv(x) if self.use_res_connect else self.conv(x)
-        *layers, conv, bn = self.conv
+        *first, conv, bn = self.conv
+        layers = [*(unit.sole_layer(module) for module in first), unit.Layer(conv, bn, "none")]
+        if unit.trainable(layers):
+            return unit.train(layers, x, add_input=self.use_res_connect, lean=self.lean)
         y = x
-        for layer in layers:
-            y = layer(y)
+        for module in first:
+            y = module(y)
         return unit.conv_bn_act(conv, bn, y, x if self.use_res_connect else None, act="none")
 
 
@@ -191,6 +204,7 @@ class MobileNetV2(_MobileNet):
             for index in range(blocks):
                 step = stride if index == 0 else 1
                 features.append(block(channels, out_channels, step, expand_ratio=expansion, norm_layer=norm_layer))
+                features[-1].lean = lean
                 channels = out_channels
         features.append(ConvBNReLU6(channels, self.last_channel, 1, norm_layer=norm_layer))
         self.features = nn.Sequential(*features)

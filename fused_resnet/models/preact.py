@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fused_resnet.models.registry import factory, register
-from fused_resnet.models.resnet import initialise, run_blocks
+from fused_resnet.models.resnet import initialise
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
 from fused_resnet.modules.blocks import conv1x1, conv3x3
@@ -55,7 +56,8 @@ class PreActResNet(unit.FusedModule):
         layers: blocks in each stage; every stage after the first halves the size.
         widths: channels of each stage.
         dropout: chance that a value before the pooling is dropped in training.
-        in_channels, norm_layer, lean: as in `ResNet`.
+        in_channels, norm_layer: as in `ResNet`.
+        lean: keep only the blocks' inputs for the backward pass and compute the blocks again there.
     """
 
     def __init__(
@@ -88,10 +90,17 @@ class PreActResNet(unit.FusedModule):
         self.fc = nn.Linear(planes, num_classes)
         initialise(self)
 
+    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        if not (self.lean and torch.is_grad_enabled() and stage.training) or unit.hooked(stage):
+            return stage(x)
+        for block in stage:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         for stage in self.stages:
-            x = run_blocks(stage, x, self.lean)
+            x = self._run(stage, x)
         x = self.dropout(unit.bn_act(self.bn, x))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fused_resnet.models.registry import factory, register
 from fused_resnet.modules import unit
@@ -31,7 +30,7 @@ class ResNet(unit.FusedModule):
         num_classes, zero_init_residual, groups, width_per_group, replace_stride_with_dilation, norm_layer: as in
             torchvision.
         in_channels: channels of the image, 1 for greyscale.
-        lean: keep only the blocks' inputs for the backward pass and compute the blocks again there.
+        lean: keep less for the backward pass: each block's last convolution, and its projection, are computed again.
         shortcut: "A" (no parameters), "B" (1x1 projection where shapes change), "C" (projection everywhere) or "none"
             (a plain network).
         stride_on: "3x3" or "1x1", which convolution of a bottleneck has the stride.
@@ -94,6 +93,7 @@ class ResNet(unit.FusedModule):
             dilations=(first, self.dilation),
             groups=self.groups,
             base_width=self.base_width,
+            lean=self.lean,
             **({} if self.stride_on == "3x3" else {"stride_on": self.stride_on}),
         )
         self.inplanes = planes * block.expansion
@@ -113,7 +113,7 @@ class ResNet(unit.FusedModule):
         else:
             x = self.maxpool(self.stem(x))
         for stage in self.stages():  # no map is held for longer than its reader needs it
-            x = run_blocks(stage, x, self.lean)
+            x = run_in_turn(stage, x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
@@ -129,6 +129,7 @@ def make_stage(
     dilations: tuple[int, int] = (1, 1),
     groups: int = 1,
     base_width: int = 64,
+    lean: bool = False,
     **options,
 ) -> nn.Sequential:
     """`blocks` blocks, of which the first has the stride; `dilations`: the first block's and the others'."""
@@ -139,6 +140,7 @@ def make_stage(
         branch = make_shortcut(shortcut, in_planes, out_planes, step, norm_layer)
         arguments = (in_planes, planes, step, branch, groups, base_width, dilation, norm_layer)
         layers.append(block(*arguments, residual=shortcut != "none", **options))
+        layers[-1].lean = lean
         in_planes = out_planes
     return nn.Sequential(*layers)
 
@@ -156,15 +158,6 @@ def make_shortcut(kind: str, in_planes: int, out_planes: int, stride: int, norm_
     if kind == "A":
         return PadShortcut(in_planes, out_planes, stride)
     return nn.Sequential(conv1x1(in_planes, out_planes, stride), norm_layer(out_planes))
-
-
-def run_blocks(stage: nn.Sequential, x: Tensor, lean: bool) -> Tensor:
-    """Run a stage; `lean`: in training, keep only each block's input and compute the block again in the backward."""
-    if not (lean and torch.is_grad_enabled() and stage.training) or unit.hooked(stage):
-        return run_in_turn(stage, x)
-    for block in stage:
-        x = checkpoint(block, x, use_reentrant=False)
-    return x
 
 
 def initialise(model: nn.Module, zero_init_residual: bool = False) -> None:

@@ -3,11 +3,13 @@
 import weakref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_resnet.backends.packing import computed_now, forgotten, hold, version
 from fused_resnet.backends.packing import forget as forget_packed
-from fused_resnet.ops.bn_act import fold_batch_norm, recomputing
+from fused_resnet.ops.bn_act import fold_batch_norm
+from fused_resnet.ops.running import recomputing
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -53,7 +55,7 @@ def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def training_arguments(bn: nn.BatchNorm2d) -> dict:
+def running_arguments(bn: nn.Module) -> dict:
     """Arguments of the training operators: the running statistics, if they are to be updated, and by how much."""
     tracked = bn.training and bn.track_running_stats and bn.running_mean is not None
     momentum = bn.momentum
@@ -62,22 +64,34 @@ def training_arguments(bn: nn.BatchNorm2d) -> dict:
     return {
         "running_mean": bn.running_mean if tracked else None,
         "running_var": bn.running_var if tracked else None,
-        "training": True,
         "momentum": momentum,
-        "eps": bn.eps,
     }
 
 
-def count_batch(bn: nn.BatchNorm2d, x: Tensor) -> None:
-    """Count one batch, after the operator has succeeded; not for a batch that was counted or is empty."""
-    if (
-        bn.training
+def count_batch(norms: list[nn.Module], x: Tensor) -> None:
+    """Count one batch, after the operator has succeeded; not for a batch that was counted, or has no images anywhere."""
+    if recomputing():
+        return
+    counts = [
+        bn.num_batches_tracked
+        for bn in norms
+        if bn.training
         and bn.track_running_stats
         and bn.num_batches_tracked is not None
-        and not recomputing()
-        and x.numel()
-    ):
-        bn.num_batches_tracked.add_(1)
+        and (x.numel() or sync_group(bn))
+    ]
+    if counts:
+        torch._foreach_add_(counts, 1)
+
+
+def sync_group(bn: nn.Module) -> str:
+    """Name of the process group over which a `torch.nn.SyncBatchNorm` takes statistics; "": this process alone."""
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
+        return ""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ""
+    group = bn.process_group or dist.group.WORLD
+    return group.group_name if group.size() > 1 else ""
 
 
 _folded: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

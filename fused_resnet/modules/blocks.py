@@ -52,23 +52,49 @@ class PadShortcut(nn.Module):
 
 
 class _ResidualBlock(unit.FusedModule):
-    """What both blocks share: the branch that is added, or none in a plain network."""
+    """What both blocks share: the layers in a row, and the branch that is added, or none in a plain network."""
 
     expansion: int = 1
     residual: bool = True
+    lean: bool = False  # in training, compute the last convolution and the projection again instead of keeping them
     downsample: nn.Module | None
 
-    def shortcut(self, x: Tensor) -> tuple[Tensor | None, bool]:
+    def layers(self) -> list[unit.Layer]:
+        """The convolutions in a row."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers, projection = self.layers(), self._projection()
+        if unit.trainable([*layers, projection] if projection is not None else layers):
+            identity = self.residual and self.downsample is None
+            added = None
+            if self.residual and self.downsample is not None and projection is None:
+                added = self.downsample(x)
+            return unit.train(layers, x, residual=added, projection=projection, add_input=identity, lean=self.lean)
+        residual, ours = self._shortcut(x, projection)
+        for layer in layers[:-1]:
+            x = unit.conv_bn_act(layer.conv, layer.bn, x, act=layer.act)
+        conv, bn, act = layers[-1]
+        return unit.conv_bn_act(conv, bn, x, residual, act, overwrite=ours)
+
+    def _projection(self) -> unit.Layer | None:
+        """The shortcut, where it is a convolution with batch norm that nobody looks into."""
+        branch = self.downsample
+        if self.residual and type(branch) is nn.Sequential and len(branch) == 2 and not unit.hooked(branch):
+            conv, bn = branch
+            return unit.Layer(conv, bn, "none") if isinstance(conv, nn.Conv2d) else None
+        return None
+
+    def _shortcut(self, x: Tensor, projection: unit.Layer | None) -> tuple[Tensor | None, bool]:
         """What is added to the main branch, None in a plain network; and whether nobody else can see it."""
         if not self.residual:
             return None, False
         if self.downsample is None:
             return x, _is_given(x) and unit.fusible(self.conv1, self.bn1)
-        if type(self.downsample) is nn.Sequential and len(self.downsample) == 2 and not unit.hooked(self.downsample):
-            conv, bn = self.downsample
-            if isinstance(conv, nn.Conv2d):
-                return unit.conv_bn_act(conv, bn, x, act="none"), unit.fusible(conv, bn)
-        return self.downsample(x), False
+        if projection is None:
+            return self.downsample(x), False
+        conv, bn, act = projection
+        return unit.conv_bn_act(conv, bn, x, act=act), unit.fusible(conv, bn)
 
 
 class BasicBlock(_ResidualBlock):
@@ -117,10 +143,8 @@ class BasicBlock(_ResidualBlock):
         """The norm whose weight the zero-init option sets to 0."""
         return self.bn2
 
-    def forward(self, x: Tensor) -> Tensor:
-        residual, ours = self.shortcut(x)
-        y = unit.conv_bn_act(self.conv1, self.bn1, x)
-        return unit.conv_bn_act(self.conv2, self.bn2, y, residual, overwrite=ours)
+    def layers(self) -> list[unit.Layer]:
+        return [unit.Layer(self.conv1, self.bn1), unit.Layer(self.conv2, self.bn2)]
 
 
 class Bottleneck(_ResidualBlock):
@@ -172,11 +196,9 @@ class Bottleneck(_ResidualBlock):
         """The norm whose weight the zero-init option sets to 0."""
         return self.bn3
 
-    def forward(self, x: Tensor) -> Tensor:
-        residual, ours = self.shortcut(x)
-        y = unit.conv_bn_act(self.conv1, self.bn1, x)
-        y = unit.conv_bn_act(self.conv2, self.bn2, y)
-        return unit.conv_bn_act(self.conv3, self.bn3, y, residual, overwrite=ours)
+    def layers(self) -> list[unit.Layer]:
+        convs = (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+        return [unit.Layer(conv, bn) for conv, bn in convs]
 
 
 def run_in_turn(stage: nn.Sequential, x: Tensor) -> Tensor:

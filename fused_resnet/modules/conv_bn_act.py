@@ -44,6 +44,10 @@ class ConvBNAct2d(unit.FusedModule):
         self.bn = BatchNorm2d(out_channels, eps=eps, momentum=momentum)
         self.act = act
 
+    def layer(self) -> unit.Layer:
+        """Its children as one layer."""
+        return unit.Layer(self.conv, self.bn, self.act)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return unit.conv_bn_act(self.conv, self.bn, x, residual, self.act)
 
@@ -51,7 +55,7 @@ class ConvBNAct2d(unit.FusedModule):
         return f"act={self.act!r}"
 
 
-class DepthwiseSeparableConv2d(nn.Sequential):
+class DepthwiseSeparableConv2d(unit.FusedModule, nn.Sequential):
     """3x3 depthwise, then 1x1, each with batch norm and activation (MobileNet, arXiv:1704.04861, section 3.1).
 
     Shapes:
@@ -65,6 +69,14 @@ class DepthwiseSeparableConv2d(nn.Sequential):
             ConvBNAct2d(in_channels, in_channels, kernel_size, stride, groups=in_channels, act=act),
             ConvBNAct2d(in_channels, out_channels, 1, act=act),
         )
+
+    lean: bool = False  # in training, compute the 1x1 convolution again instead of keeping it
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [unit.sole_layer(module) for module in self]
+        if unit.trainable(layers):
+            return unit.train(layers, x, lean=self.lean)
+        return nn.Sequential.forward(self, x)
 
 
 def _pair(value) -> tuple[int, int]:

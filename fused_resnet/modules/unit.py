@@ -7,7 +7,8 @@ called as it is, and only what follows it is fused.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from fused_resnet.modules.batch_norm import (
     count_batch,
     folded,
     forget_folded,
-    training_arguments,
+    running_arguments,
+    sync_group,
     uses_batch_statistics,
 )
 from fused_resnet.modules.prepared import forget_prepared, prepared
@@ -76,6 +78,10 @@ def forget(module: nn.Module) -> None:
 class FusedModule(nn.Module):
     """Base of the modules that run their children fused: drops derived values whenever the mode is set."""
 
+    def layer(self) -> "Layer | None":
+        """What the module is, where it is one layer and nothing more."""
+        return None
+
     def train(self, mode: bool = True):
         for module in self.modules():
             forget(module)
@@ -104,7 +110,7 @@ def plain_convolution(conv: nn.Module) -> bool:
 
 
 def plain_batch_norm(bn: nn.Module) -> bool:
-    return type(bn) in (BatchNorm2d, nn.BatchNorm2d) and not hooked(bn)
+    return type(bn) in (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm) and not hooked(bn)
 
 
 def fusible(conv: nn.Module, bn: nn.Module) -> bool:
@@ -127,23 +133,13 @@ def conv_bn_act(
     """
     if not fusible(conv, bn):
         return bn_act(bn, conv(x), residual, act)
-    if not uses_batch_statistics(bn):
-        run = prepared(conv, bn, x, residual, act)
-        if run is not None:
-            return run(x, residual, residual if overwrite else None)
-    geometry = {
-        "residual": residual,
-        "stride": conv.stride,
-        "padding": conv.padding,
-        "dilation": conv.dilation,
-        "groups": conv.groups,
-        "act": act,
-    }
-    if not uses_batch_statistics(bn):
-        return ops.conv_scale_act(x, conv.weight, *folded(bn, conv.bias), **geometry)
-    y = ops.conv_bn_act(x, conv.weight, bn.weight, bn.bias, conv_bias=conv.bias, **training_arguments(bn), **geometry)
-    count_batch(bn, x)
-    return y
+    if uses_batch_statistics(bn):
+        return train([Layer(conv, bn, act)], x, residual=residual)
+    run = prepared(conv, bn, x, residual, act)
+    if run is not None:
+        return run(x, residual, residual if overwrite else None)
+    geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+    return ops.conv_scale_act(x, conv.weight, *folded(bn, conv.bias), residual=residual, act=act, **geometry)
 
 
 def bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "relu") -> Tensor:
@@ -156,16 +152,66 @@ def bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = 
     return ACT_FUNCTIONS[act](y) if residual is None else ops.add_act(y, residual, act=act)
 
 
-def fused_bn_act(bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
+def fused_bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """`bn_act` where the batch norm is known to be a plain one."""
     if is_unfused():
-        y = nn.BatchNorm2d.forward(bn, x)
+        plain = nn.SyncBatchNorm if isinstance(bn, nn.SyncBatchNorm) else nn.BatchNorm2d
+        y = plain.forward(bn, x)
         if residual is not None:
             y += residual
         return _activate(y, act)
-    if not uses_batch_statistics(bn):
-        scale, shift = folded(bn)
-        return ops.scale_act(x, scale, shift, residual=residual, act=act)
-    y = ops.bn_act(x, bn.weight, bn.bias, **training_arguments(bn), residual=residual, act=act)
-    count_batch(bn, x)
+    if uses_batch_statistics(bn):
+        return train([Layer(None, bn, act)], x, residual=residual)
+    scale, shift = folded(bn)
+    return ops.scale_act(x, scale, shift, residual=residual, act=act)
+
+
+# --- training: several layers as one operator -------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """A convolution, or None, its batch norm and activation."""
+
+    conv: nn.Conv2d | None
+    bn: nn.Module
+    act: str = "relu"
+
+
+def sole_layer(module: nn.Module) -> Layer | None:
+    """The layer that a module of this package is and nothing more; None: it is another, or somebody looks at it."""
+    if not isinstance(module, FusedModule) or "forward" in vars(module) or hooked(module):
+        return None
+    return module.layer()
+
+
+def trainable(layers: Sequence[Layer | None]) -> bool:
+    """Whether they can run as one operator: all are fusible, and normalise with the statistics of the same batch."""
+    if None in layers:
+        return False
+    groups = {sync_group(layer.bn) for layer in layers}
+    return len(groups) == 1 and all(
+        fusible(layer.conv, layer.bn) and uses_batch_statistics(layer.bn) and not isinstance(layer.conv.padding, str)
+        for layer in layers
+    )
+
+
+def train(
+    layers: Sequence[Layer], x: Tensor, *, residual: Tensor | None = None, projection: Layer | None = None, **options
+) -> Tensor:
+    """The layers on x with batch statistics, which become running ones; `options` are those of `ops.residual_block`."""
+    everything = [*layers, projection] if projection is not None else layers
+    units = [_unit(layer) for layer in everything]
+    group, norms = sync_group(layers[0].bn), [layer.bn for layer in everything]
+    last = units.pop() if projection is not None else None
+    y = ops.residual_block(x, units, residual=residual, projection=last, group=group, **options)
+    count_batch(norms, x)
     return y
+
+
+def _unit(layer: Layer) -> ops.Unit:
+    conv, bn, act = layer
+    options = {**running_arguments(bn), "eps": bn.eps, "act": act}
+    if conv is None:
+        return ops.Unit(None, bn.weight, bn.bias, **options)
+    geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+    return ops.Unit(conv.weight, bn.weight, bn.bias, conv_bias=conv.bias, **geometry, **options)

@@ -63,7 +63,7 @@ def _backward(ctx, grad):
         grad = reference.act_backward(grad, y, pre, ctx.act)
     else:
         grad = call("add_act_backward", grad, y, x, residual, ctx.act, ctx.backend)
-    return grad if ctx.needs_input_grad[0] else None, grad if ctx.needs_input_grad[1] else None, None, None
+    return grad if ctx.needs_input_grad[0] else None, grad if ctx.needs_input_grad[1] else None
 
 
 def _backward_impl(grad, y, x, residual, act, backend):

@@ -60,10 +60,10 @@ def check_residual(op: str, residual: Tensor | None, shape: Sequence[int]) -> No
         raise ValueError(f"{op}: residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
 
 
-def check_more_than_one_value(x: Tensor) -> None:
+def check_more_than_one_value(size: Sequence[int]) -> None:
     """The variance of one value is not defined: the error, and its text, are torch.nn.functional.batch_norm's."""
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+    if size[0] * size[2] * size[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(size)}")
 
 
 def check_eps(eps: float, *, training: bool) -> None:

@@ -1,31 +1,12 @@
 """act(batch_norm(conv(x)) + residual): one unit of a residual network, in training and in inference."""
 
-import torch
 from torch import Tensor
 
-from fused_resnet.backends import reference
 from fused_resnet.ops import checks
-from fused_resnet.ops.bn_act import (
-    bn_act_backward,
-    empty_statistics,
-    fold_batch_norm,
-    kept_for_bn_act,
-    update_running_statistics,
-)
-from fused_resnet.ops.conv_args import ConvArgs, normalise
-from fused_resnet.ops.conv_backward import convolution_backward
-from fused_resnet.ops.library import (
-    CONV_SCHEMA,
-    autocast,
-    autograd,
-    call,
-    chosen,
-    define,
-    empty_channels_last,
-    peel_act,
-    second_order,
-    select,
-)
+from fused_resnet.ops.bn_act import fold_batch_norm
+from fused_resnet.ops.conv_args import normalise
+from fused_resnet.ops.library import call
+from fused_resnet.ops.residual_block import Unit, train
 
 
 def conv_bn_act(
@@ -88,70 +69,7 @@ def conv_bn_act(
         if conv_bias is not None:
             shift = shift + conv_bias.to(scale.dtype) * scale
         return call("conv_scale_act", x, weight, scale, shift, residual, *args, act, backend or "")
-    if size[0] * size[2] * size[3] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(size)}")
-    problem = (x, weight, conv_bias, bn_weight, bn_bias, residual, *args, eps, act)
-    y, _, mean, var = call("conv_bn_act", *problem, backend or "")
-    update_running_statistics(running_mean, running_var, mean, var, size[0] * size[2] * size[3], momentum)
-    return y
-
-
-def _impl(x, weight, conv_bias, bn_weight, bn_bias, residual, stride, padding, dilation, groups, eps, act, backend):
-    args = ConvArgs.of(stride, padding, dilation, groups)
-    if x.numel() == 0:
-        y, z, mean, var = _fake(x, weight, conv_bias, bn_weight, bn_bias, residual, *args, eps, act, backend)
-        return y, z, mean.zero_(), var.zero_()
-    return select("conv_bn_act", backend, x, weight, args).conv_bn_act(
-        x, weight, conv_bias, bn_weight, bn_bias, residual, args, eps, act
-    )
-
-
-def _fake(x, weight, conv_bias, bn_weight, bn_bias, residual, stride, padding, dilation, groups, eps, act, backend):
-    size = ConvArgs.of(stride, padding, dilation, groups).output_size(x, weight)
-    return empty_channels_last(x, size), empty_channels_last(x, size), *empty_statistics(x, size[1])
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, conv_bias, bn_weight, bn_bias, residual, *args, ctx.eps, ctx.act, backend = inputs
-    ctx.backend = chosen(backend)
-    y, z, mean, var = output
-    ctx.args = ConvArgs.of(*args)
-    ctx.mark_non_differentiable(z, mean, var)
-    kept = kept_for_bn_act(ctx.act, residual, y)
-    ctx.save_for_backward(x, weight, conv_bias, bn_weight, bn_bias, *kept, z, mean, var)
-
-
-def _backward(ctx, grad, _z, _mean, _var):
-    *inputs, y, z, mean, var = ctx.saved_tensors
-    x, weight, _, bn_weight, bn_bias, residual = inputs
-    if torch.is_grad_enabled():
-        grad, act = peel_act(grad, y, ctx.act)
-        *found, d_residual = second_order(lambda *t: reference.conv_bn_act(*t, ctx.args, ctx.eps, act)[0], inputs, grad)
-        if residual is None and ctx.needs_input_grad[5]:
-            d_residual = grad
-        return *found, d_residual, *[None] * 7
-    need_x, need_weight, need_conv_bias, *need_bn = ctx.needs_input_grad[:6]
-    needs = (need_x or need_weight or need_conv_bias, *need_bn)
-    d_z, d_bn_weight, d_bn_bias, d_residual = bn_act_backward(
-        grad, z, y, bn_weight, bn_bias, residual, mean, var, ctx.eps, ctx.act, needs, ctx.backend
-    )
-    d_x = d_weight = d_conv_bias = None
-    if needs[0]:
-        needs = (need_x, need_weight, need_conv_bias)
-        d_x, d_weight, d_conv_bias = convolution_backward("conv_bn_act", d_z, x, weight, ctx.args, needs, ctx.backend)
-    return d_x, d_weight, d_conv_bias, d_bn_weight, d_bn_bias, d_residual, *[None] * 7
-
-
-def _cast(dtype, x, weight, conv_bias, bn_weight, bn_bias, residual, *rest):
-    residual = None if residual is None else residual.to(dtype)
-    return x.to(dtype), weight, conv_bias, bn_weight, bn_bias, residual, *rest
-
-
-define(
-    "conv_bn_act(Tensor x, Tensor weight, Tensor? conv_bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, "
-    f"{CONV_SCHEMA}, float eps, str act, str backend) -> (Tensor y, Tensor z, Tensor mean, Tensor var)",
-    _impl,
-    _fake,
-)
-autograd("conv_bn_act", _setup_context, _backward)
-autocast("conv_bn_act", _cast)
+    checks.check_more_than_one_value(size)
+    options = {"conv_bias": conv_bias, "momentum": momentum, "eps": eps, "act": act}
+    unit = Unit(weight, bn_weight, bn_bias, running_mean, running_var, **options)
+    return train(x, [unit], [args], residual, backend=backend)

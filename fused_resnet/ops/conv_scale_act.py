@@ -122,7 +122,7 @@ def _backward(ctx, grad):
     if torch.is_grad_enabled():
         grad, act = peel_act(grad, y, ctx.act)
         *found, d_residual = second_order(lambda *t: reference.conv_scale_act(*t, ctx.args, act), inputs, grad)
-        return *found, grad if residual is None and need_residual else d_residual, *[None] * 6
+        return *found, grad if residual is None and need_residual else d_residual
     z = None
     if need_scale or ctx.act in SMOOTH:
         z = reference.convolution(x, weight, None, ctx.args)
@@ -133,8 +133,9 @@ def _backward(ctx, grad):
     d_x = d_weight = None
     if need_x or need_weight:
         d_z = (grad * scale.to(reference.wide(grad)).view(1, -1, 1, 1)).to(grad.dtype)
-        d_x, d_weight, _ = reference.convolution_backward(d_z, x, weight, ctx.args, (need_x, need_weight, False))
-    return d_x, d_weight, d_scale, d_shift, grad if need_residual else None, *[None] * 6
+        needs = (need_x, need_weight, False)
+        d_x, d_weight, _ = reference.convolution_backward(d_z, x, None, "none", weight, ctx.args, needs, None)
+    return d_x, d_weight, d_scale, d_shift, grad if need_residual else None
 
 
 def _cast(dtype, x, weight, scale, shift, residual, *rest):

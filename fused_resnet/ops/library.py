@@ -45,16 +45,39 @@ def call(name: str, *args):
     """`torch.ops.fused_resnet.<name>(*args)`; without the dispatcher, which costs more than a small map, where nobody
     follows the operators and every tensor is an ordinary one on the CPU.
     """
-    if not followed() and all(type(a) in ORDINARY and a.is_cpu for a in args if isinstance(a, Tensor)):
+    if not followed() and all(type(a) in ORDINARY and a.is_cpu for a in flat(args) if isinstance(a, Tensor)):
         return _direct[name](*args)
     return getattr(torch.ops.fused_resnet, name).default(*args)
+
+
+def flat(args) -> list:
+    """The arguments of an operator, with those of its lists in their places."""
+    found = []
+    for a in args:
+        found.extend(a) if isinstance(a, (list, tuple)) else found.append(a)
+    return found
+
+
+def sizes(args) -> list[int | None]:
+    """The length of each argument that is a list, None for the others: what `nested` needs."""
+    return [len(a) if isinstance(a, (list, tuple)) else None for a in args]
+
+
+def nested(found, form: list[int | None]) -> list:
+    """The inverse of `flat`."""
+    rest = iter(found)
+    return [next(rest) if size is None else [next(rest) for _ in range(size)] for size in form]
 
 
 def autograd(name: str, setup_context: Callable, backward: Callable) -> None:
     """Register the gradient of `fused_resnet::<name>`, of which only the first output has one.
 
+    `setup_context(ctx, args, output)` sees the operator's arguments; `backward(ctx, grad)` returns the gradients
+    of the tensors among the flat ones, which come first; `ctx.needs_input_grad` tells which are needed.
+
     As `torch.library.register_autograd`, for operators without defaults and keyword-only arguments: the general form
-    looks for both at every call, and has zeros made for every output without a gradient, a map for each convolution.
+    looks for both at every call, does not see the tensors of a list, and has zeros made for every output without a
+    gradient, a map for each convolution.
     """
     operator = getattr(torch.ops.fused_resnet, name).default
     impl = _direct[name]
@@ -67,8 +90,9 @@ def autograd(name: str, setup_context: Callable, backward: Callable) -> None:
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *args_and_keyset):
-            *args, keyset = args_and_keyset
+        def forward(ctx, *everything):
+            *given, form, keyset = everything
+            args = nested(given, form)
             output = below(keyset, *args)
             setup_context(ctx, args, output)
             ctx.set_materialize_grads(False)
@@ -76,15 +100,15 @@ def autograd(name: str, setup_context: Callable, backward: Callable) -> None:
 
         @staticmethod
         def backward(ctx, *grads):
-            if grads[0] is None:
-                return (None,) * len(ctx.needs_input_grad)
-            return *backward(ctx, *grads), None
+            found = () if grads[0] is None else backward(ctx, grads[0])
+            return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
     Differentiable.__name__ = f"{name}_autograd"
 
     def rule(keyset, *args):
-        if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Differentiable.apply(*args, keyset)
+        given = flat(args)
+        if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*given):
+            return Differentiable.apply(*given, sizes(args), keyset)
         return below(keyset, *args)
 
     LIBRARY.impl(name, rule, "Autograd", with_keyset=True)

@@ -1,0 +1,296 @@
+"""The passes of `fused_resnet::block` over its tensors, forward and backward, each by the backend of its problem.
+
+A batch of no images passes no kernel, but takes part in what processes exchange.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends import reference
+from fused_resnet.backends.norm import Norm
+from fused_resnet.backends.problem import ConvArgs, windows
+from fused_resnet.ops import synchronise
+from fused_resnet.ops.library import empty_channels_last, select
+
+
+class Inputs(NamedTuple):
+    """The tensors of a block: its convolutions' in a row, the projection's last; `residual` is what is given to add."""
+
+    x: Tensor
+    residual: Tensor | None
+    weights: list[Tensor]
+    conv_biases: list[Tensor | None]
+    bn_weights: list[Tensor | None]
+    bn_biases: list[Tensor | None]
+
+
+class Form(NamedTuple):
+    """A block without its tensors."""
+
+    convs: list[ConvArgs]
+    eps: list[float]
+    acts: list[str]
+    shortcut: str  # what is added: "", "input", "given" or "projected"
+    pool: tuple  # kernel, stride and padding, or ()
+    lean: bool
+    masked: bool  # whether a backend may keep a bit for each output, whose memory nobody knows the size of
+    group: str
+    backend: str
+
+    @property
+    def depth(self) -> int:
+        """Convolutions in a row; of a batch norm alone, none."""
+        return len(self.convs) - (self.shortcut == "projected")
+
+
+class Kept(NamedTuple):
+    """What the forward pass leaves for the backward one. Lists are in the order of `Inputs`.
+
+    z: the convolutions' outputs; where the form is lean, without the last one's and the projection's.
+    told: of a max pooling, the tap of each output; else a mask of the last activation's slope, or nothing.
+    totals: the values a channel of each batch norm over all processes, where there are several.
+    """
+
+    z: list[Tensor]
+    mean: list[Tensor]
+    var: list[Tensor]
+    told: Tensor
+    totals: Tensor
+
+
+def values(x: Tensor) -> int:
+    """Values a channel."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+class _Passes:
+    """What both directions share."""
+
+    def __init__(self, inputs: Inputs, form: Form):
+        residual = None if inputs.residual is None else reference.channels_last(inputs.residual)
+        self.inputs, self.form = inputs._replace(x=reference.channels_last(inputs.x), residual=residual), form
+        self.norms: list[Norm] = []
+        self.totals: list[Tensor] = []
+
+    def norm_backend(self, x: Tensor):
+        return select("bn_act", self.form.backend, x)
+
+    def convolution(self, i: int, x: Tensor, norm: Norm | None, act: str, *, moments: bool) -> tuple[Tensor, ...]:
+        """The output of convolution i for act(norm(x)), and its moments where they are asked for."""
+        inputs, args = self.inputs, self.form.convs[i]
+        weight, bias = inputs.weights[i], inputs.conv_biases[i]
+        if x.numel() == 0:
+            return _of_nothing(empty_channels_last(x, args.output_size(x, weight)))
+        backend = select("conv_bn_act", self.form.backend, x, weight, args)
+        given = (x, norm, act, weight, bias, args)
+        return backend.conv_moments(*given) if moments else (backend.convolve(*given),)
+
+    def before(self, i: int, x: Tensor, z: list[Tensor]) -> tuple[Tensor, Norm | None, str]:
+        """What convolution i of the row reads: a tensor, its norm and its activation."""
+        return (x, None, "none") if i == 0 else (z[i - 1], self.norms[i - 1], self.form.acts[i - 1])
+
+    def add_norm(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Take the moments of this process's values, and over the group, for the next batch norm."""
+        i = len(self.norms)
+        if self.form.group:
+            mean, var, total = synchronise.merged_moments(mean, var, count, self.form.group)
+            self.totals.append(total)
+        self.norms.append(Norm(mean, var, self.inputs.bn_weights[i], self.inputs.bn_biases[i], self.form.eps[i]))
+
+
+def _of_nothing(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    zeros = z.new_zeros(z.shape[1], dtype=reference.wide(z))
+    return z, zeros, zeros.clone()
+
+
+def forward(inputs: Inputs, form: Form) -> tuple:
+    """The output, and all of `Kept`."""
+    passes, z = _Passes(inputs, form), []
+    last = x = passes.inputs.x
+    residual = passes.inputs.residual
+    for i in range(form.depth):
+        last, *moments = passes.convolution(i, *passes.before(i, x, z), moments=True)
+        z.append(last)
+        passes.add_norm(*moments, values(last))
+    if form.depth == 0:
+        passes.add_norm(*(passes.norm_backend(x).moments(x) if x.numel() else _of_nothing(x)[1:]), values(x))
+    norm, residual_norm, act = passes.norms[-1], None, form.acts[-1]
+    if form.shortcut == "projected":
+        residual, *moments = passes.convolution(form.depth, x, None, "none", moments=True)
+        z.append(residual)
+        passes.add_norm(*moments, values(residual))
+        residual_norm = passes.norms[-1]
+    elif form.shortcut == "input":
+        residual = x
+    y, told = _end(passes, last, norm, residual, residual_norm, act)
+    kept = z[: form.depth - 1] if form.lean else z
+    totals = torch.stack(passes.totals) if form.group else x.new_empty(0, dtype=torch.float64)
+    return y, kept, [n.mean for n in passes.norms], [n.var for n in passes.norms], told, totals
+
+
+def _end(passes: _Passes, x, norm, residual, residual_norm, act) -> tuple[Tensor, Tensor]:
+    form = passes.form
+    told = x.new_empty(0, dtype=torch.uint8)
+    if form.pool:
+        size = windows(x.shape[2:], *form.pool)
+        if x.numel() == 0:
+            y = empty_channels_last(x, (*x.shape[:2], *size))
+            return y, empty_channels_last(x, y.shape, torch.uint8)
+        return passes.norm_backend(x).norm_act_max_pool2d(x, norm, act, *form.pool, size)
+    if x.numel() == 0:
+        return empty_channels_last(x, x.shape), told
+    y, mask = passes.norm_backend(x).norm_act(x, norm, residual, residual_norm, act)
+    return y, mask if mask is not None and form.masked and form.shortcut == "input" else told
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted, in the order of `Inputs`."""
+
+    x: bool
+    residual: bool
+    weights: list[bool]
+    conv_biases: list[bool]
+    bn_weights: list[bool]
+    bn_biases: list[bool]
+
+
+class Backward(_Passes):
+    """The gradients of a block: `run` returns them as `Inputs`, None where they are not needed."""
+
+    def __init__(self, inputs: Inputs, form: Form, kept: Kept, y: Tensor | None, needs: Needs):
+        super().__init__(inputs, form)
+        self.needs, self.y, self.told, self.z = needs, y, kept.told, list(kept.z)
+        self.totals = list(kept.totals)
+        self.norms = [
+            Norm(*vectors)
+            for vectors in zip(kept.mean, kept.var, inputs.bn_weights, inputs.bn_biases, form.eps, strict=True)
+        ]
+        self.found = Inputs(None, None, *([None] * len(tensors) for tensors in inputs[2:]))
+        depth = form.depth
+        if form.lean:  # the same convolutions as in the forward pass
+            self.z.extend(self._again(i) for i in range(max(depth - 1, 0), len(form.convs)))
+        # Whether anybody needs the gradient of what convolution i reads, and of what it writes.
+        self.reads, self.writes = [needs.x], []
+        for i in range(depth):
+            self.writes.append(self.reads[-1] or needs.weights[i] or needs.conv_biases[i])
+            self.reads.append(self.writes[-1] or needs.bn_weights[i] or needs.bn_biases[i])
+
+    def _again(self, i: int) -> Tensor:
+        of = self.before(i, self.inputs.x, self.z) if i < self.form.depth else (self.inputs.x, None, "none")
+        return self.convolution(i, *of, moments=False)[0]
+
+    def run(self, grad: Tensor) -> Inputs:
+        form, needs, found, x = self.form, self.needs, self.found, self.inputs.x
+        d_z, arriving = self._behind_end(reference.channels_last(grad))
+        if form.shortcut == "given":
+            found = found._replace(residual=arriving if needs.residual else None)
+            arriving = None
+        elif form.shortcut == "projected" and arriving is not None:
+            needed = any(self._needs_projection())
+            arriving = self._convolution(form.depth, arriving, x, None, "none", needs.x, None) if needed else None
+        if form.depth == 0:
+            return found._replace(x=d_z if needs.x else None)
+        for i in reversed(range(form.depth)):
+            if not self.writes[i]:
+                break
+            reads = self.before(i, x, self.z)
+            d_y = self._convolution(i, d_z, *reads, self.reads[i], arriving if i == 0 else None)
+            del self.z[i:]
+            if i == 0:
+                found = found._replace(x=d_y)
+            elif self.reads[i]:
+                d_z = self._behind_norm(i - 1, d_y)
+        return found
+
+    def _convolution(self, i, grad, x, norm, act, needs_x, residual) -> Tensor | None:
+        """The gradient of what convolution i reads; those of its parameters are noted."""
+        inputs, args, found = self.inputs, self.form.convs[i], self.found
+        weight, bias = inputs.weights[i], inputs.conv_biases[i]
+        needs = (needs_x, self.needs.weights[i], self.needs.conv_biases[i])
+        if x.numel() == 0:
+            d_y = empty_channels_last(x, x.shape) if needs_x else None
+            found.weights[i] = torch.zeros_like(weight) if needs[1] else None
+            found.conv_biases[i] = torch.zeros_like(bias) if needs[2] else None
+            return d_y
+        backend = select("conv_bn_act", self.form.backend, x, weight, args)
+        d_y, found.weights[i], d_bias = backend.convolution_backward(grad, x, norm, act, weight, args, needs, residual)
+        found.conv_biases[i] = None if d_bias is None else d_bias.to(bias.dtype)
+        return d_y
+
+    def _note(self, i: int, d_weight: Tensor, d_bias: Tensor) -> None:
+        """Keep the gradients of batch norm i, in the dtype of its parameters, where they are needed."""
+        for sums, parameters, needs, found in (
+            (d_weight, self.inputs.bn_weights, self.needs.bn_weights, self.found.bn_weights),
+            (d_bias, self.inputs.bn_biases, self.needs.bn_biases, self.found.bn_biases),
+        ):
+            found[i] = sums.to(parameters[i].dtype) if needs[i] else None
+
+    def _over_all(self, x: Tensor, *sums: Tensor | None) -> list[Tensor | None]:
+        """The sums over all processes, scaled for a division by this one's values."""
+        if not self.form.group:
+            return list(sums)
+        present = [t for t in sums if t is not None]
+        found = synchronise.summed(present, values(x), self.totals[0], self.form.group)
+        return [*found, *sums[len(present) :]]
+
+    def _behind_end(self, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient of the last convolution's output, and of what is added to it, or of the projection's."""
+        form, inputs, i = self.form, self.inputs, max(self.form.depth, 1) - 1
+        x, norm, act = self.z[i] if form.depth else inputs.x, self.norms[i], form.acts[-1]
+        needed = self.writes[-1] if form.depth else self.needs.x
+        if form.pool:
+            return (self._behind_pool(grad, x, norm, act, needed), None)
+        residual, residual_norm, needs_residual = None, None, False
+        if form.shortcut == "projected":
+            residual, residual_norm = self.z[-1], self.norms[-1]
+            needs_residual = needed = needed or any(self._needs_projection())
+        elif form.shortcut:
+            given = form.shortcut == "given"
+            residual = inputs.residual if given else inputs.x
+            needs_residual = self.needs.residual if given else self.needs.x
+        source = (residual, residual_norm, act, self.y, self.told if self.told.numel() else None)
+        arriving = grad if needs_residual and residual_norm is None else None
+        write = arriving is not None and act != "none"
+        if x.numel() == 0:
+            zeros = torch.zeros_like(norm.mean)
+            sums = [zeros, zeros, None if residual_norm is None else zeros]
+        else:
+            g, *sums = self.norm_backend(x).norm_act_reduce(grad, x, norm, *source, write)
+            if write:
+                grad, source, arriving = g, (None, None, "none", None, None), g
+        self._note(i, *sums[:2])
+        if residual_norm is not None:
+            self._note(-1, sums[2], sums[1])
+        sums = self._over_all(x, *sums)
+        if not needed or x.numel() == 0:
+            return grad, arriving if residual_norm is None else grad
+        d_z, d_residual = self.norm_backend(x).norm_act_input_grad(grad, x, norm, *source, *sums, float(values(x)))
+        return d_z, arriving if residual_norm is None else d_residual
+
+    def _needs_projection(self) -> tuple[bool, bool, bool]:
+        return self.needs.x, self.needs.weights[-1], self.needs.conv_biases[-1]
+
+    def _behind_pool(self, grad: Tensor, x: Tensor, norm: Norm, act: str, needed: bool) -> Tensor:
+        pool = (self.told, x, norm, act, *self.form.pool)
+        g, sums = None, [torch.zeros_like(norm.mean)] * 2
+        if x.numel():
+            g, *sums = self.norm_backend(x).norm_act_max_pool2d_reduce(grad, *pool)
+        self._note(len(self.norms) - 1, *sums)
+        sums = self._over_all(x, *sums)
+        if not needed or x.numel() == 0:
+            return x
+        return self.norm_backend(x).norm_act_max_pool2d_input_grad(grad, *pool, g, *sums, float(values(x)))
+
+    def _behind_norm(self, i: int, grad: Tensor) -> Tensor:
+        """The gradient of z[i], from that of act(norm(z[i]))."""
+        x, norm, source = self.z[i], self.norms[i], (None, None, self.form.acts[i], None, None)
+        sums = [torch.zeros_like(norm.mean)] * 2
+        if x.numel():
+            _, *sums = self.norm_backend(x).norm_act_reduce(grad, x, norm, *source, False)[:3]
+        self._note(i, *sums)
+        sums = self._over_all(x, *sums)
+        if not self.writes[i] or x.numel() == 0:
+            return grad
+        return self.norm_backend(x).norm_act_input_grad(grad, x, norm, *source, *sums, None, float(values(x)))[0]
