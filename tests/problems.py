@@ -221,11 +221,14 @@ def smooth_gradient(eager, tensors: dict, act: str, layout: str = "nchw", **opti
     return LAYOUTS[layout]((torch.randn(pre.shape).to(x.dtype) * keep).to(x.device))
 
 
-def compare_with_eager(fused, eager, tensors: dict, act: str, layout: str = "nchw", fused_options=None, **options):
+def compare_with_eager(
+    fused, eager, tensors: dict, act: str, layout: str = "nchw", fused_options=None, dtype=None, **options
+):
     """The two-times rule for the output and for the gradient of every tensor; grad_output has the given layout.
 
     The truth is computed on the CPU, everything else on the device of the tensors. Eager runs in channels_last, the
     native layout: for NCHW oneDNN sums a convolution in another order, which may be three times as precise in fp32.
+    `dtype`: of the maps between several layers, whose rounding is in gradients of another dtype too.
     """
     grad = smooth_gradient(eager, tensors, act, layout, **options)
     truth, true_grads = run(eager, on_cpu(tensors), grad.cpu(), torch.float64, act=act, **options)
@@ -235,4 +238,4 @@ def compare_with_eager(fused, eager, tensors: dict, act: str, layout: str = "nch
     assert_two_times(out.cpu(), plain.cpu(), truth)
     for name, found in grads.items():
         what = f"gradient of {name}"
-        assert_two_times(found.cpu(), plain_grads[name].cpu(), true_grads[name], what, "floor_ulps_gradient")
+        assert_two_times(found.cpu(), plain_grads[name].cpu(), true_grads[name], what, "floor_ulps_gradient", dtype)

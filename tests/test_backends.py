@@ -14,7 +14,7 @@ from fused_resnet.ops import add_act, bn_act, conv_bn_act, conv_scale_act, scale
 
 X, WEIGHT, ONE = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.ones(4)
 
-OPERATORS = {"add_act", "add_act_backward", "bn_act", "bn_act_backward", "conv_bn_act", "conv_scale_act", "scale_act"}
+OPERATORS = {"add_act", "add_act_backward", "block", "block_backward", "conv_scale_act", "scale_act"}
 
 
 def convolve(x=X, **options):

@@ -26,7 +26,6 @@ from problems import (
 from tolerances import assert_two_times, tolerance, ulp
 
 from fused_resnet.ops import bn_act, scale_act
-from fused_resnet.ops.bn_act import kept_for_bn_act
 
 poison = pytest.fixture(autouse=True)(poisoned)
 
@@ -205,29 +204,11 @@ def test_bn_act_gradcheck(residual, act, function):
 
 
 @backends
-@pytest.mark.parametrize(
-    ("act", "dtype", "affine"),
-    [("silu", torch.bfloat16, True), ("relu", torch.float32, False)],
-    ids=["silu_bf16", "relu_no_parameters"],
-)
-def test_bn_act_opcheck(act, dtype, affine, backend):
-    """Every operator of ops/bn_act.py, the backward among them."""
-    ops = torch.ops.fused_resnet
-    tensors = {name: t.requires_grad_() for name, t in problem((2, 17, 3, 4), dtype, affine).items()}
-    require(backend, "bn_act", tensors["x"])
-    x, weight, bias, residual = (tensors.get(name) for name in ("x", "weight", "bias", "residual"))
-    torch.library.opcheck(ops.scale_act.default, (x, weight, bias, residual, act, backend))
-    if not affine:
-        weight = bias = None
-    torch.library.opcheck(ops.bn_act.default, (x, weight, bias, residual, 1e-5, act, backend))
-    inputs = [None if t is None else t.detach() for t in (x, weight, bias, residual)]
-    y, mean, var = ops.bn_act(*inputs, 1e-5, act, backend)
-    x, weight, bias, residual = inputs
-    grad = torch.randn(y.shape).to(dtype)
-    needs = [True, affine, affine, residual is not None]
-    residual, y = kept_for_bn_act(act, residual, y)
-    args = (grad, x, y, weight, bias, residual, mean, var, 1e-5, act, needs, backend)
-    torch.library.opcheck(ops.bn_act_backward.default, args)
+def test_scale_act_opcheck(backend):
+    tensors = {name: t.requires_grad_() for name, t in problem((2, 17, 3, 4), torch.bfloat16).items()}
+    require(backend, "scale_act", tensors["x"])
+    x, weight, bias, residual = tensors.values()
+    torch.library.opcheck(torch.ops.fused_resnet.scale_act.default, (x, weight, bias, residual, "silu", backend))
 
 
 # --- reliability.md ---

@@ -96,9 +96,14 @@ def ulp(dtype: torch.dtype, at: float) -> float:
 
 
 def assert_two_times(
-    out: Tensor, eager: Tensor, truth: Tensor, what: str = "output", floor: str = "floor_ulps"
+    out: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    what: str = "output",
+    floor: str = "floor_ulps",
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """max|out - truth| <= 2 * max|eager - truth| + a few ulps; `eager` has the dtype of the computation."""
+    """max|out - truth| <= 2 * max|eager - truth| + a few ulps of `dtype`, that of the computation (None: of `eager`)."""
     assert truth.dtype == torch.float64, f"{what}: the truth must be fp64"
     assert out.shape == truth.shape == eager.shape, f"{what}: {out.shape}, {eager.shape}, {truth.shape}"
     assert out.dtype == eager.dtype, f"{what}: {out.dtype}, but eager gives {eager.dtype}"
@@ -106,5 +111,5 @@ def assert_two_times(
     if not truth.numel():
         return
     error, plain = ((found.double() - truth).abs().max().item() for found in (out, eager))
-    bound = tolerance("two_times") * plain + tolerance(floor) * ulp(eager.dtype, truth.abs().max().item())
+    bound = tolerance("two_times") * plain + tolerance(floor) * ulp(dtype or eager.dtype, truth.abs().max().item())
     assert error <= bound, f"{what}: error {error:.3e}, the two-times rule allows {bound:.3e}"

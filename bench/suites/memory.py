@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench.suites import models, training
 from bench.suites.common import image, on_device, system_for, trained_like
@@ -64,7 +65,7 @@ class _Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else (result,):
+        for t in tree_leaves(result):
             if isinstance(t, torch.Tensor):
                 storage = t.untyped_storage()
                 self.found[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())

@@ -11,6 +11,7 @@ import math
 import re
 import threading
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import plan, reference
+from fused_resnet.backends.norm import Norm
 from fused_resnet.backends.problem import Problem, windows
 from fused_resnet.files import cache_folder, write_atomically
 
@@ -158,10 +160,9 @@ def train(backend, problem: Problem, device: torch.device) -> list[tuple[Tensor,
 
     def step(name: str, *args):
         found = getattr(backend, name)(*args)
-        wide = (a.cpu().double() if isinstance(a, Tensor) else a for a in args)
-        expected = getattr(reference, name)(*wide)
+        expected = getattr(reference, name)(*map(_wide, args))
         both = ((expected, found),) if isinstance(found, Tensor) else zip(expected, found, strict=True)
-        pairs.extend((e, f.cpu()) for e, f in both if f is not None)
+        pairs.extend((e, f.cpu()) for e, f in both if e is not None and f is not None)
         return found
 
     if problem.op == "max_pool2d":
@@ -170,12 +171,54 @@ def train(backend, problem: Problem, device: torch.device) -> list[tuple[Tensor,
     elif problem.op == "add_act_backward":
         step("add_act_backward", grad, reference.add_act(x, x, problem.act), None, None, problem.act)
     elif problem.op == "bn_act":
-        y, mean, var = step("bn_act", x, scale, shift, residual, EPS, problem.act)
-        step("bn_act_backward", grad, x, y, scale, shift, residual, mean, var, EPS, problem.act, (True,) * 4)
+        _train_norm(step, x, Norm(*step("moments", x), scale, shift, EPS), residual, grad, problem.act)
+        norm = _exact_norm(x)._replace(weight=scale, bias=shift)
+        pairs.extend((e, f.cpu()) for e, f in _train_pool(step, backend, x, norm, problem.act))
     else:
-        step("conv_bn_act", x, weight, None, scale, shift, residual, problem.args, EPS, problem.act)
-        step("convolution_backward", grad, x, weight, problem.args, (True, True, False))
+        layer = (x, _exact_norm(x), problem.act, weight)
+        for norm in (None, layer[1]):
+            step("conv_moments", x, norm, problem.act, weight, None, problem.args)
+        step("convolve", *layer, None, problem.args)
+        step("convolution_backward", grad, *layer, problem.args, (True, True, False), x)
     return pairs
+
+
+def _wide(value):
+    """A tensor, or a norm, on the CPU and in fp64."""
+    if isinstance(value, Norm):
+        return Norm(*map(_wide, value))
+    return value.cpu().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _exact_norm(x: Tensor) -> Norm:
+    """One that rounds nothing."""
+    vector = torch.zeros(x.shape[1], device=x.device)
+    return Norm(vector, vector + 1, None, None, 0.0)
+
+
+def _train_norm(step, x: Tensor, norm: Norm, residual: Tensor, grad: Tensor, act: str) -> None:
+    count = float(x.numel() // x.shape[1])
+    for residual_norm in (None, norm):
+        y, mask = step("norm_act", x, norm, residual, residual_norm, act)
+        source = (residual, residual_norm, act, y if residual_norm is None else None, mask)
+        _, *sums = step("norm_act_reduce", grad, x, norm, *source, True)
+        step("norm_act_input_grad", grad, x, norm, *source, *sums, count)
+
+
+def _train_pool(step, backend, x: Tensor, norm: Norm, act: str) -> Iterable[tuple[Tensor, Tensor]]:
+    window, count = ((3, 3), (2, 2), (1, 1)), float(x.numel() // x.shape[1])
+    y, argmax = step("norm_act_max_pool2d", x, norm, act, *window, windows(x.shape[2:], *window))
+    source = (reference.channels_last(y.flip(0, 2, 3)), argmax, x, norm, act, *window)
+    return zip(
+        _pool_backward(reference, map(_wide, source), count), _pool_backward(backend, source, count), strict=True
+    )
+
+
+def _pool_backward(backend, source: Iterable, count: float) -> tuple[Tensor, ...]:
+    """Both steps at once: what the first leaves for the second is the backend's own affair."""
+    source = list(source)
+    g, *sums = backend.norm_act_max_pool2d_reduce(*source)
+    return *sums, backend.norm_act_max_pool2d_input_grad(*source, g, *sums, count)
 
 
 def integers(problem: Problem) -> tuple:
