@@ -22,7 +22,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
 // Raised with every change to the schemas below, here and in backends/cpu.py: a library that an older or newer checkout
 // has left beside the Python sources is then seen, and not called with arguments that it does not take.
 static int64_t interface_number() {
-  return 5;
+  return 6;
 }
 
 static std::string cuda_architectures() {
@@ -50,13 +50,21 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def("empty_cache() -> int");
 
   // Activations: 0 none, 1 ReLU, 2 ReLU6, 3 hardswish, 4 SiLU. Outputs are allocated by the caller.
+  m.def("bn_moments(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(
-      "bn_act_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, int act, Tensor(a!) y, "
-      "Tensor(b!) mean, Tensor(c!) var) -> ()");
+      "norm_act(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? residual, "
+      "Tensor? residual_mean, Tensor? residual_var, Tensor? residual_weight, Tensor? residual_bias, float "
+      "residual_eps, int act, Tensor(a!) y) -> ()");
   m.def(
-      "bn_act_bwd(Tensor dy, Tensor x, Tensor? y, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
-      "Tensor var, float eps, int act, Tensor(a!)? dx, Tensor(b!) dweight, Tensor(c!) dbias, Tensor(d!)? dresidual) "
-      "-> ()");
+      "norm_act_reduce(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? residual, Tensor? residual_mean, Tensor? residual_var, Tensor? residual_weight, Tensor? "
+      "residual_bias, float residual_eps, Tensor? y, int act, Tensor(a!)? g, Tensor(b!) dweight, Tensor(c!) "
+      "dbias, Tensor(d!)? dresidual_weight) -> ()");
+  m.def(
+      "norm_act_input_grad(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? residual, Tensor? residual_mean, Tensor? residual_var, Tensor? residual_weight, Tensor? "
+      "residual_bias, float residual_eps, Tensor? y, int act, Tensor dweight, Tensor dbias, Tensor? "
+      "dresidual_weight, float count, Tensor(a!) dx, Tensor(b!)? dresidual) -> ()");
   m.def("scale_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, int act, Tensor(a!) out) -> ()");
   m.def("add_act_fwd(Tensor x, Tensor residual, int act, Tensor(a!) y) -> ()");
   m.def("add_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? residual, int act, Tensor(a!) dx) -> ()");
@@ -132,8 +140,10 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
   m.impl("conv_pack", TORCH_BOX(&fused_resnet::cpu::conv_pack));
   m.impl("conv_scale_act", TORCH_BOX(&fused_resnet::cpu::conv_scale_act));
   m.impl("max_pool", TORCH_BOX(&fused_resnet::cpu::max_pool));
-  m.impl("bn_act_fwd", TORCH_BOX(&fused_resnet::cpu::bn_act_fwd));
-  m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::cpu::bn_act_bwd));
+  m.impl("bn_moments", TORCH_BOX(&fused_resnet::cpu::bn_moments));
+  m.impl("norm_act", TORCH_BOX(&fused_resnet::cpu::norm_act));
+  m.impl("norm_act_reduce", TORCH_BOX(&fused_resnet::cpu::norm_act_reduce));
+  m.impl("norm_act_input_grad", TORCH_BOX(&fused_resnet::cpu::norm_act_input_grad));
   m.impl("scale_act", TORCH_BOX(&fused_resnet::cpu::scale_act));
   m.impl("add_act_fwd", TORCH_BOX(&fused_resnet::cpu::add_act_fwd));
   m.impl("add_act_bwd", TORCH_BOX(&fused_resnet::cpu::add_act_bwd));

@@ -47,6 +47,14 @@ inline void store(Bf16* p, Vec<kN> v) {
   std::memcpy(p, &half, sizeof half);
 }
 
+// v as it is read where it was stored as T.
+template <class T, int kN>
+inline Vec<kN> rounded(Vec<kN> v) {
+  T stored[kN];
+  store<kN>(stored, v);
+  return load<kN>(stored);
+}
+
 // Whether vectors of T fill cache lines: writing pieces of a line past the caches costs more than it spares.
 template <class T>
 constexpr bool kCanStream = kLanes * sizeof(T) == 64;

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import reference
+from fused_resnet.backends.norm import Norm
 from fused_resnet.backends.packing import packed
 from fused_resnet.backends.problem import POOLED
 from fused_resnet.backends.reference import channels_last
@@ -20,7 +21,7 @@ ACT_CODES = {"none": 0, "relu": 1, "relu6": 2, "hardswish": 3, "silu": 4}
 DTYPES = (torch.float32, torch.bfloat16)
 
 # Of the compiled extension; as in csrc/ops.cpp.
-INTERFACE = 5
+INTERFACE = 6
 
 
 @cache
@@ -216,26 +217,48 @@ def _vector(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.float().contiguous()
 
 
-def bn_act(x, weight, bias, residual, eps, act):
-    x = channels_last(x)
-    residual = _optional(residual)
-    y = _empty(x.shape, x.dtype)
-    mean, var = torch.empty(x.shape[1]), torch.empty(x.shape[1])
-    torch.ops.fused_resnet_C.bn_act_fwd(x, _vector(weight), _vector(bias), residual, eps, ACT_CODES[act], y, mean, var)
-    return y, mean, var
+def _norm(norm: Norm | None) -> tuple:
+    """A norm as the operators take it."""
+    return (None, None, None, None, 0.0) if norm is None else (*map(_vector, norm[:4]), norm.eps)
 
 
-def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs):
-    x = channels_last(x)
-    nothing = x.new_empty(0)
-    d_x = _empty(x.shape, x.dtype) if needs[0] else None
-    d_residual = _empty(x.shape, x.dtype) if needs[3] else None
-    d_weight, d_bias = torch.empty_like(mean), torch.empty_like(mean)
-    torch.ops.fused_resnet_C.bn_act_bwd(
-        channels_last(grad), x, y, _optional(residual),
-        _vector(weight), _vector(bias), mean, var, eps, ACT_CODES[act], d_x, d_weight, d_bias, d_residual,
+def _vectors(x: Tensor, count: int) -> list[Tensor]:
+    return [torch.empty(x.shape[1]) for _ in range(count)]
+
+
+def moments(x):
+    x, (mean, var) = channels_last(x), _vectors(x, 2)
+    torch.ops.fused_resnet_C.bn_moments(x, mean, var)
+    return mean, var
+
+
+def norm_act(x, norm, residual, residual_norm, act):
+    x, y = channels_last(x), _empty(x.shape, x.dtype)
+    torch.ops.fused_resnet_C.norm_act(x, *_norm(norm), _optional(residual), *_norm(residual_norm), ACT_CODES[act], y)
+    return y, None  # a bit an element gains nothing here
+
+
+def norm_act_reduce(grad, x, norm, residual, residual_norm, act, y, mask, write):
+    x, (d_weight, d_bias) = channels_last(x), _vectors(x, 2)
+    g = _empty(x.shape, x.dtype) if write else None
+    d_residual_weight = None if residual_norm is None else torch.empty_like(d_weight)
+    torch.ops.fused_resnet_C.norm_act_reduce(
+        channels_last(grad), x, *_norm(norm), _optional(residual), *_norm(residual_norm),
+        _optional(y), ACT_CODES[act], g, d_weight, d_bias, d_residual_weight,
     )  # fmt: skip
-    return nothing if d_x is None else d_x, d_weight, d_bias, nothing if d_residual is None else d_residual
+    return g, d_weight, d_bias, d_residual_weight
+
+
+def norm_act_input_grad(
+    grad, x, norm, residual, residual_norm, act, y, mask, d_weight, d_bias, d_residual_weight, count
+):
+    x, d_x = channels_last(x), _empty(x.shape, x.dtype)
+    d_residual = None if residual_norm is None else _empty(x.shape, x.dtype)
+    torch.ops.fused_resnet_C.norm_act_input_grad(
+        channels_last(grad), x, *_norm(norm), _optional(residual), *_norm(residual_norm),
+        _optional(y), ACT_CODES[act], d_weight, d_bias, d_residual_weight, count, d_x, d_residual,
+    )  # fmt: skip
+    return d_x, d_residual
 
 
 def _engine_pays(size, dtype: torch.dtype, args) -> bool:
@@ -309,12 +332,4 @@ def conv_moments(x, norm, act, weight, bias, args):
     return z, *moments(z)
 
 
-from fused_resnet.backends.reference import (
-    moments,
-    norm_act,
-    norm_act_reduce,
-    norm_act_input_grad,
-    norm_act_max_pool2d,
-    norm_act_max_pool2d_reduce,
-    norm_act_max_pool2d_input_grad,
-)  # TEMP
+from fused_resnet.backends.reference import norm_act_max_pool2d, norm_act_max_pool2d_reduce, norm_act_max_pool2d_input_grad  # noqa # TEMP
