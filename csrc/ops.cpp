@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/conv_scale_act.h"
+#include "cpu/conv_wgrad.h"
 #include "cpu/cpu.h"
 #include "cpu/max_pool.h"
 #include "cpu/memory.h"
@@ -73,6 +74,9 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def(
       "conv_scale_act(Tensor x, Tensor packed, Tensor scale, Tensor shift, Tensor? residual, int[] geometry, int act, "
       "Tensor(a!) out) -> ()");
+  m.def(
+      "conv_wgrad(Tensor dy, Tensor x, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps, int act, "
+      "int[] geometry, Tensor(a!) dweight) -> ()");
   m.def("max_pool(Tensor x, int[] geometry, Tensor(a!) out) -> ()");
 
   // CUDA: the compute capabilities that kernels were compiled for, such as "8.0+PTX;9.0a"; empty: none were built.
@@ -139,6 +143,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
   m.impl("conv_pack", TORCH_BOX(&fused_resnet::cpu::conv_pack));
   m.impl("conv_scale_act", TORCH_BOX(&fused_resnet::cpu::conv_scale_act));
+  m.impl("conv_wgrad", TORCH_BOX(&fused_resnet::cpu::conv_wgrad));
   m.impl("max_pool", TORCH_BOX(&fused_resnet::cpu::max_pool));
   m.impl("bn_moments", TORCH_BOX(&fused_resnet::cpu::bn_moments));
   m.impl("norm_act", TORCH_BOX(&fused_resnet::cpu::norm_act));
