@@ -99,17 +99,22 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def("cuda_bn_stats(Tensor x, int tile_rows, Tensor(a!) partials) -> ()");
   m.def("cuda_bn_finalize(Tensor partials, int rows, int tile_rows, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(
-      "cuda_bn_apply(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-      "int act, Tensor(a!) y, Tensor(b!)? mask) -> ()");
+      "cuda_bn_apply(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? residual, "
+      "Tensor? residual_mean, Tensor? residual_var, Tensor? residual_weight, Tensor? residual_bias, "
+      "float residual_eps, int act, Tensor(a!) y, Tensor(b!)? mask) -> ()");
   m.def(
-      "cuda_bn_reduce(Tensor dy, Tensor x, Tensor? y, Tensor? mask, Tensor? residual, Tensor? weight, Tensor? bias, "
-      "Tensor mean, Tensor var, float eps, int act, int tile_rows, Tensor(a!) partials, Tensor(b!)? dresidual) -> ()");
+      "cuda_bn_reduce(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? residual, Tensor? residual_mean, Tensor? residual_var, Tensor? residual_weight, Tensor? residual_bias, "
+      "float residual_eps, int act, Tensor? y, Tensor? mask, int tile_rows, Tensor(a!) partials, Tensor(b!)? g) "
+      "-> ()");
   m.def(
-      "cuda_bn_reduce_finalize(Tensor partials, int rows, Tensor var, float eps, Tensor(a!) dweight, Tensor(b!) dbias, "
-      "Tensor(c!) mean_g, Tensor(d!) slope) -> ()");
+      "cuda_bn_reduce_finalize(Tensor partials, Tensor var, float eps, Tensor? residual_var, float residual_eps, "
+      "Tensor(a!) dweight, Tensor(b!) dbias, Tensor(c!)? dresidual_weight) -> ()");
   m.def(
-      "cuda_bn_input_grad(Tensor dy, Tensor x, Tensor? y, Tensor? mask, Tensor? residual, Tensor? weight, "
-      "Tensor? bias, Tensor mean, Tensor var, Tensor mean_g, Tensor slope, float eps, int act, Tensor(a!) dx) -> ()");
+      "cuda_bn_input_grad(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? residual, Tensor? residual_mean, Tensor? residual_var, Tensor? residual_weight, Tensor? residual_bias, "
+      "float residual_eps, int act, Tensor? y, Tensor? mask, Tensor dweight, Tensor dbias, Tensor? dresidual_weight, "
+      "float count, Tensor(a!) dx, Tensor(b!)? dresidual) -> ()");
   m.def("cuda_scale_act(Tensor x, Tensor scale, Tensor shift, Tensor? residual, int act, Tensor(a!) out) -> ()");
   m.def("cuda_max_pool(Tensor x, int[] geometry, Tensor(a!) out, Tensor(b!)? argmax) -> ()");
   m.def("cuda_max_pool_bwd(Tensor dy, Tensor argmax, int[] geometry, Tensor(a!) dx) -> ()");
@@ -117,11 +122,12 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
       "cuda_bn_max_pool(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, int act, "
       "int[] geometry, Tensor(a!) out, Tensor(b!)? argmax) -> ()");
   m.def(
-      "cuda_bn_max_pool_reduce(Tensor dy, Tensor argmax, int[] geometry, Tensor x, Tensor? weight, Tensor? bias, "
-      "Tensor mean, Tensor var, float eps, int act, int tile_rows, Tensor(a!) partials) -> ()");
+      "cuda_bn_max_pool_reduce(Tensor dy, Tensor argmax, int[] geometry, Tensor x, Tensor mean, Tensor var, "
+      "Tensor? weight, Tensor? bias, float eps, int act, int tile_rows, Tensor(a!) partials) -> ()");
   m.def(
-      "cuda_bn_max_pool_input_grad(Tensor dy, Tensor argmax, int[] geometry, Tensor x, Tensor? weight, Tensor? bias, "
-      "Tensor mean, Tensor var, Tensor mean_g, Tensor slope, float eps, int act, Tensor(a!) dx) -> ()");
+      "cuda_bn_max_pool_input_grad(Tensor dy, Tensor argmax, int[] geometry, Tensor x, Tensor mean, Tensor var, "
+      "Tensor? weight, Tensor? bias, float eps, int act, Tensor dweight, Tensor dbias, float count, Tensor(a!) dx) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CompositeExplicitAutograd, m) {

@@ -96,25 +96,49 @@ def mask():
     return torch.zeros(2 * 5 * 3 * 4, dtype=torch.uint8, device=DEVICE)
 
 
+def residual():
+    vectors = {f"residual_{name}": vector(16) for name in NORM}
+    return {"residual": image(2, 16, 5, 3)} | vectors | {"residual_eps": 1e-3}
+
+
 def bn_apply():
-    return norm() | {"x": image(2, 16, 5, 3), "residual": image(2, 16, 5, 3), "y": out(2, 16, 5, 3), "mask": mask()}
+    return norm() | residual() | {"x": image(2, 16, 5, 3), "y": out(2, 16, 5, 3), "mask": mask()}
 
 
 def bn_gradient():
-    return norm() | {name: image(2, 16, 5, 3) for name in ("dy", "x", "y", "residual")} | {"mask": mask()}
+    return norm() | residual() | {name: image(2, 16, 5, 3) for name in ("dy", "x", "y")} | {"mask": mask()}
+
+
+def without_norm(args):
+    """Of the residual, which is then added as it is."""
+    return args | {name: None for name in args if name.startswith("residual_") and name != "residual_eps"}
 
 
 def bn_reduce():
-    return bn_gradient() | {"tile_rows": 16, "partials": to_fill(2, 2, 16), "dresidual": out(2, 16, 5, 3)}
+    return bn_gradient() | {"tile_rows": 16, "partials": to_fill(2, 3, 16), "g": out(2, 16, 5, 3)}
+
+
+def bn_reduce_added():
+    return without_norm(bn_reduce()) | {"partials": to_fill(2, 2, 16)}
 
 
 def bn_reduce_finalize():
-    filled = {name: to_fill(16) for name in ("dweight", "dbias", "mean_g", "slope")}
-    return {"partials": vector(2, 2, 16), "rows": 30, "var": vector(16), "eps": 1e-5} | filled
+    filled = {name: to_fill(16) for name in ("dweight", "dbias", "dresidual_weight")}
+    variances = {"var": vector(16), "eps": 1e-5, "residual_var": vector(16), "residual_eps": 1e-3}
+    return {"partials": vector(2, 3, 16)} | variances | filled
+
+
+def bn_reduce_finalize_added():
+    return bn_reduce_finalize() | {"partials": vector(2, 2, 16), "residual_var": None, "dresidual_weight": None}
 
 
 def bn_input_grad():
-    return bn_gradient() | {"mean_g": vector(16), "slope": vector(16), "dx": out(2, 16, 5, 3)}
+    sums = {name: vector(16) for name in ("dweight", "dbias", "dresidual_weight")} | {"count": 30.0}
+    return bn_gradient() | sums | {"dx": out(2, 16, 5, 3), "dresidual": out(2, 16, 5, 3)}
+
+
+def bn_input_grad_added():
+    return without_norm(bn_input_grad()) | {"dresidual_weight": None, "dresidual": None}
 
 
 def scale_act():
@@ -146,20 +170,21 @@ def bn_max_pool_reduce():
 
 
 def bn_max_pool_input_grad():
-    return bn_max_pool_gradient() | {"mean_g": vector(16), "slope": vector(16), "dx": out(2, 16, 6, 5)}
+    sums = {"dweight": vector(16), "dbias": vector(16), "count": 60.0}
+    return bn_max_pool_gradient() | sums | {"dx": out(2, 16, 6, 5)}
 
 
 # Good arguments of every operator, in this file's order.
 GOOD = (
     add_act_fwd, add_act_bwd, conv, conv_split, depthwise_fwd, depthwise_dgrad, depthwise_wgrad, stem, bn_stats,
-    bn_finalize, bn_apply, bn_reduce, bn_reduce_finalize, bn_input_grad, scale_act, max_pool, max_pool_bwd,
-    bn_max_pool, bn_max_pool_reduce, bn_max_pool_input_grad,
+    bn_finalize, bn_apply, bn_reduce, bn_reduce_added, bn_reduce_finalize, bn_reduce_finalize_added, bn_input_grad,
+    bn_input_grad_added, scale_act, max_pool, max_pool_bwd, bn_max_pool, bn_max_pool_reduce, bn_max_pool_input_grad,
 )  # fmt: skip
 goods = pytest.mark.parametrize("good", GOOD, ids=lambda good: good.__name__)
 
 
 def name_of(good):
-    return good.__name__.removesuffix("_split")
+    return good.__name__.removesuffix("_split").removesuffix("_added")
 
 
 def operator(good):
@@ -225,7 +250,12 @@ CHANGES = {
 }
 
 # Those of any number of tiles.
-TILES = {("conv_split", "sums"), ("depthwise_wgrad", "workspace"), ("bn_reduce_finalize", "partials")}
+TILES = {
+    ("conv_split", "sums"),
+    ("depthwise_wgrad", "workspace"),
+    ("bn_reduce_finalize", "partials"),
+    ("bn_reduce_finalize_added", "partials"),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -322,10 +352,21 @@ WRONG = [
     (bn_apply, {"act": 7}, "act is 7; expected 0 to 4"),
     (bn_apply, {"mask": lambda: mask()[1:]}, "expected contiguous Byte [120]"),
     (bn_apply, {"weight": lambda: vector(1).expand(16)}, "weight is Float [16] with strides [0]"),
+    (bn_apply, {"residual": None}, "residual is None; expected what residual_mean is the mean of"),
+    (bn_apply, {"residual_mean": None}, "residual_mean is None; expected a number for each channel"),
+    (bn_apply, {"residual_var": None}, "residual_var is None; expected a number for each channel"),
+    (bn_apply, {"residual_bias": lambda: vector(17)}, "residual_bias is Float [17]"),
     (bn_reduce, {"tile_rows": -1}, "tile_rows is -1; expected 1 to"),
+    (bn_reduce, {"partials": lambda: vector(2, 2, 16)}, "expected contiguous Float [2, 48]"),
+    (bn_reduce_added, {"partials": lambda: vector(2, 3, 16)}, "expected contiguous Float [2, 32]"),
     (bn_reduce_finalize, {"var": lambda: vector(0)}, "the size of var is 0; expected 1 to"),
-    (bn_reduce_finalize, {"partials": lambda: vector(0)}, "expected contiguous Float [32]"),
+    (bn_reduce_finalize, {"partials": lambda: vector(0)}, "expected contiguous Float [48]"),
+    (bn_reduce_finalize, {"dresidual_weight": None}, "dresidual_weight is None; expected a number for each channel"),
     (bn_input_grad, {"act": -1}, "act is -1; expected 0 to 4"),
+    (bn_input_grad, {"count": 0.5}, "count is 0.500000; expected a number from 1 on"),
+    (bn_input_grad, {"count": NAN}, "count is nan; expected a number from 1 on"),
+    (bn_input_grad, {"dresidual": None}, "dresidual is None; expected"),
+    (bn_input_grad, {"dresidual_weight": None}, "dresidual_weight is None; expected"),
     (scale_act, {"x": lambda: image(2, 16, 0, 3)}, "x is Float [2, 16, 0, 3]"),
     (max_pool, {"argmax": lambda: image(2, 16, 3, 3)}, "expected a dense channels_last Byte [2, 16, 3, 3]"),
     (max_pool, {"geometry": (6, 5, 2, 2, 1, 1)}, "the number of windows is 3; expected 1 to 2"),
@@ -335,7 +376,8 @@ WRONG = [
     (max_pool_bwd, {"geometry": POOL[:4]}, "geometry is 4 numbers; expected 6"),
     (bn_max_pool, {"act": 3}, "act is 3; expected 0 to 2"),
     (bn_max_pool_reduce, {"tile_rows": 0}, "tile_rows is 0; expected 1 to"),
-    (bn_max_pool_input_grad, {"slope": lambda: vector(17)}, "slope is Float [17]"),
+    (bn_max_pool_input_grad, {"dbias": lambda: vector(17)}, "dbias is Float [17]"),
+    (bn_max_pool_input_grad, {"count": -1.0}, "count is -1.000000; expected a number from 1 on"),
 ]  # fmt: skip
 
 

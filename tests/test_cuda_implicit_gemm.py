@@ -131,7 +131,7 @@ def test_implicit_gemm_moments_of_large_values(value, dtype):
     weight = torch.eye(16, device=DEVICE, dtype=dtype).view(case.weight)
     args = (case.stride, case.padding, case.dilation, case.groups)
     z, partials, rows = implicit_gemm.with_moments(channels_last(x), weight, bias, args)
-    mean, var = training.merged_statistics(z, partials, rows)
+    mean, var = training.merged_moments(z, partials, rows)
     aten, truth = (torch.var_mean(t[:, :-1], (0, 2, 3), correction=0) for t in (z.float(), z.double()))
     assert_two_times(mean[:-1], aten[1], truth[1], "mean")
     finite = truth[0].float().isfinite()

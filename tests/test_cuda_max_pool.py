@@ -1,13 +1,17 @@
 """Max pooling by the kernels of csrc/cuda, alone and behind batch norm: on a GPU, or thread by thread on the CPU."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 from cuda_kernels import DEVICE, library
-from problems import LAYOUTS, compare_with_eager, dtypes, eager_bn_act, image, integers, poisoned, run
+from problems import ACTS, LAYOUTS, acts, compare_with_eager, dtypes, eager_bn_act, image, integers, poisoned, run
 from tolerances import assert_two_times
 
-from fused_resnet.backends.cuda import training
+from fused_resnet.backends import reference
+from fused_resnet.backends.cuda import pooling, training
+from fused_resnet.backends.norm import Norm
 from fused_resnet.backends.problem import windows
 
 pytestmark = pytest.mark.skipif(bool(library()), reason=library() or "it is there")
@@ -38,35 +42,48 @@ def sized(x, pool):
 class MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pool):
-        out, argmax = training.max_pool2d_argmax(x, *sized(x, pool))
+        out, argmax = pooling.max_pool2d_argmax(x, *sized(x, pool))
         ctx.save_for_backward(argmax)
         ctx.pool, ctx.size = pool, x.shape[2:]
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return training.max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.pool, ctx.size), None
+        return pooling.max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.pool, ctx.size), None
 
 
-class BnActMaxPool(torch.autograd.Function):
+class NormActMaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, act, eps, pool):
-        out, argmax, mean, var = training.bn_act_max_pool2d(x, weight, bias, eps, act, *sized(x, pool))
-        ctx.save_for_backward(argmax, x, weight, bias, mean, var)
-        ctx.rest = eps, act, *pool
+        norm = Norm(*training.moments(x), weight, bias, eps)
+        out, argmax = pooling.norm_act_max_pool2d(x, norm, act, *sized(x, pool))
+        ctx.source = argmax, x, norm, act, *pool
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        found = training.bn_act_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.rest)
-        return *(f if n else None for f, n in zip(found, ctx.needs_input_grad[:3], strict=True)), None, None, None
+        d_x, *sums = gradients(grad, *ctx.source)
+        return (
+            *(f if n else None for f, n in zip((d_x, *sums), ctx.needs_input_grad[:3], strict=True)),
+            None,
+            None,
+            None,
+        )
 
 
-def bn_act_max_pool(x, weight, bias, *, act, pool, eps=1e-5):
-    return BnActMaxPool.apply(x, weight, bias, act, eps, pool)
+def gradients(grad, argmax, x, norm, act, *pool):
+    """Of x, weight and bias, through both passes."""
+    source = (grad, argmax, x, norm, act, *pool)
+    g, *sums = pooling.norm_act_max_pool2d_reduce(*source)
+    assert (g is None) == (act in pooling.FUSED_ACTS)
+    return pooling.norm_act_max_pool2d_input_grad(*source, g, *sums, float(x.numel() // x.shape[1])), *sums
 
 
-def eager_bn_act_max_pool(x, weight, bias, *, act, pool, eps=1e-5):
+def norm_act_max_pool(x, weight, bias, *, act, pool, eps=1e-5):
+    return NormActMaxPool.apply(x, weight, bias, act, eps, pool)
+
+
+def eager_norm_act_max_pool(x, weight, bias, *, act, pool, eps=1e-5):
     return F.max_pool2d(eager_bn_act(x, weight, bias, act=act, eps=eps), *pool)
 
 
@@ -87,7 +104,7 @@ def test_cuda_max_pool_is_aten_s(shape, pool, dtype):
     x = LAYOUTS["channels_last"](x).to(DEVICE)
     truth = F.max_pool2d(x, *pool)
     grad = integers(*truth.shape, low=-3, high=3, dtype=dtype).to(DEVICE)
-    assert_same(training.max_pool2d(x, *sized(x, pool)), truth)
+    assert_same(pooling.max_pool2d(x, *sized(x, pool)), truth)
     _, true_grads = run(lambda x: F.max_pool2d(x, *pool), {"x": x}, grad)
     out, grads = run(lambda x: MaxPool.apply(x, pool), {"x": x}, grad)
     assert_same(out, truth)
@@ -97,7 +114,7 @@ def test_cuda_max_pool_is_aten_s(shape, pool, dtype):
 def test_cuda_max_pool_of_minus_infinity_takes_the_first_tap():
     x = torch.full((1, 8, 4, 4), -float("inf"), device=DEVICE)
     pool = POOLS["3x3_stride2"]
-    out, argmax = training.max_pool2d_argmax(x, *sized(x, pool))
+    out, argmax = pooling.max_pool2d_argmax(x, *sized(x, pool))
     assert torch.equal(out, F.max_pool2d(x, *pool))
     assert torch.equal(argmax[0, 0].cpu(), torch.tensor([[4, 3], [1, 0]], dtype=torch.uint8))
 
@@ -105,7 +122,7 @@ def test_cuda_max_pool_of_minus_infinity_takes_the_first_tap():
 def test_cuda_max_pool_large_windows_are_the_reference_s():
     x = image(1, 8, 9, 9).to(DEVICE)
     pool = ((6, 5), (1, 1), (0, 0))
-    assert torch.equal(training.max_pool2d(x, *sized(x, pool)), F.max_pool2d(x, *pool))
+    assert torch.equal(pooling.max_pool2d(x, *sized(x, pool)), F.max_pool2d(x, *pool))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -127,54 +144,69 @@ def problem(shape, dtype=torch.float32):
 
 @dtypes()
 @pools
-@pytest.mark.parametrize(("act", "shape"), [("none", SHAPES[1]), ("relu", SHAPES[0]), ("relu6", SHAPES[2])])
-def test_cuda_bn_act_max_pool_is_both_after_each_other(act, shape, pool, dtype):
+@pytest.mark.parametrize(
+    ("act", "shape"), [("none", SHAPES[1]), ("relu", SHAPES[0]), ("relu6", SHAPES[2]), ("silu", SHAPES[2])]
+)
+def test_cuda_norm_act_max_pool_is_both_after_each_other(act, shape, pool, dtype):
     """To the bit, and so are the taps: what is compared is rounded as it would be in memory."""
     x, weight, bias = problem(shape, dtype).values()
-    size = sized(x, pool)
-    y, mean, var = training.bn_act(x, weight, bias, None, 1e-5, act)
-    wanted = (*training.max_pool2d_argmax(y, *size), mean, var)
-    for found, truth in zip(training.bn_act_max_pool2d(x, weight, bias, 1e-5, act, *size), wanted, strict=True):
+    norm, size = Norm(*training.moments(x), weight, bias, 1e-5), sized(x, pool)
+    wanted = pooling.max_pool2d_argmax(training.norm_act(x, norm, None, None, act)[0], *size)
+    for found, truth in zip(pooling.norm_act_max_pool2d(x, norm, act, *size), wanted, strict=True):
         assert torch.equal(found, truth)
 
 
 @dtypes()
-@pytest.mark.parametrize("act", training.FUSED_POOL_ACTS)
+@acts
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_cuda_bn_act_max_pool_gradients(shape, act, dtype):
+def test_cuda_norm_act_max_pool_gradients(shape, act, dtype):
     """As good as those of the two kernels after each other; the gradient between them is one that memory keeps."""
     x, weight, bias = problem(shape, dtype).values()
+    norm, count = Norm(*training.moments(x), weight, bias, 1e-5), float(x.numel() // x.shape[1])
     for pool in (POOLS["3x3_stride2"], POOLS["3x5"]):
-        size = sized(x, pool)
-        out, argmax, mean, var = training.bn_act_max_pool2d(x, weight, bias, 1e-5, act, *size)
+        out, argmax = pooling.norm_act_max_pool2d(x, norm, act, *sized(x, pool))
         grad = integers(*out.shape, low=-2, high=2, dtype=dtype).to(DEVICE)  # whose sums are exact in every dtype
-        found = training.bn_act_max_pool2d_backward(grad, argmax, x, weight, bias, mean, var, 1e-5, act, *pool)
-        y, _, _ = training.bn_act(x, weight, bias, None, 1e-5, act)
-        g = training.max_pool2d_backward(grad, argmax, *pool, x.shape[2:])
-        needs = (True, True, True, False)
-        plain = training.bn_act_backward(g, x, y, weight, bias, None, mean, var, 1e-5, act, needs)
+        found = gradients(grad, argmax, x, norm, act, *pool)
+        source = (pooling.max_pool2d_backward(grad, argmax, *pool, x.shape[2:]), x, norm, None, None, act, None, None)
+        _, *sums = training.norm_act_reduce(*source, False)
+        plain = (training.norm_act_input_grad(*source, *sums, count)[0], *sums)
         tensors = {"x": x, "weight": weight, "bias": bias}
-        _, truth = run(eager_bn_act, tensors, g, torch.float64, act=act, eps=1e-5)
+        _, truth = run(eager_bn_act, tensors, source[0], torch.float64, act=act, eps=1e-5)
         for name, one, other in zip(tensors, found, plain[:3], strict=True):
             assert_two_times(one, other, truth[name], f"{name}, {act}", "floor_ulps_gradient")
 
 
 @pytest.mark.parametrize("pool", ["3x3_stride2", "2x2", "5x5"])
 @pytest.mark.parametrize("shape", [(2, 16, 9, 8), (3, 17, 6, 7)], ids=str)
-def test_cuda_bn_act_max_pool_two_times(shape, pool):
-    for act in training.FUSED_POOL_ACTS:
-        compare_with_eager(bn_act_max_pool, eager_bn_act_max_pool, problem(shape), act, pool=POOLS[pool])
+def test_cuda_norm_act_max_pool_two_times(shape, pool):
+    for act in ACTS:
+        compare_with_eager(norm_act_max_pool, eager_norm_act_max_pool, problem(shape), act, pool=POOLS[pool])
+
+
+@pytest.mark.parametrize("name", ["", "_reduce", "_input_grad"])
+def test_cuda_norm_act_max_pool_large_windows_are_the_reference_s(name, monkeypatch):
+    """All three: they have the meaning of argmax and g among themselves."""
+    name, given = f"norm_act_max_pool2d{name}", []
+    monkeypatch.setattr(reference, name, lambda *args: given.append(args) or "the reference's", raising=False)
+    function = getattr(pooling, name)
+    names = inspect.signature(function).parameters
+    args = [(6, 5) if name == "kernel" else object() for name in names]
+    assert function(*args) == "the reference's"
+    assert given == [tuple(args)]
 
 
 # --- determinism and schemas ---
 
 
 def everything(x, weight, bias, pool):
-    size = sized(x, pool)
-    out, argmax, mean, var = training.bn_act_max_pool2d(x, weight, bias, 1e-5, "relu", *size)
-    found = [out, argmax, mean, var, *training.max_pool2d_argmax(x, *size)]
-    found += training.bn_act_max_pool2d_backward(out, argmax, x, weight, bias, mean, var, 1e-5, "relu", *pool)
-    return [*found, training.max_pool2d_backward(out, argmax, *pool, x.shape[2:])]
+    found = []
+    for act in ("relu", "silu"):
+        norm = Norm(*training.moments(x), weight, bias, 1e-5)
+        out, argmax = pooling.norm_act_max_pool2d(x, norm, act, *sized(x, pool))
+        found += [out, argmax, *pooling.max_pool2d_argmax(x, *sized(x, pool))]
+        found += gradients(out, argmax, x, norm, act, *pool)
+        found += [pooling.max_pool2d_backward(out, argmax, *pool, x.shape[2:])]
+    return found
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 17, 19), (2, 37, 9, 9)], ids=str)
@@ -192,10 +224,10 @@ def test_cuda_max_pool_schemas():
     x, geometry = training.ready(x), (3, 3, 2, 2, 1, 1)
     out, dx = training.empty((2, 16, 3, 3), x), torch.empty_like(x)
     argmax = torch.empty_like(out, dtype=torch.uint8)
-    mean, var = training.merged_statistics(x, *training.moments(x))
+    mean, var = training.moments(x)
     rows = training.tile_rows(x)
     partials = torch.empty(-(-72 // rows), 2, 16, device=DEVICE)
-    vectors = (weight, bias, mean, var)
+    norm = (x, mean, var, weight, bias, 1e-5, 1)
 
     def check(op, *args):
         torch.library.opcheck(op.default, args, test_utils="test_schema")
@@ -203,9 +235,9 @@ def test_cuda_max_pool_schemas():
 
     check(ops.cuda_max_pool, x, geometry, out, argmax)
     check(ops.cuda_max_pool_bwd, out, argmax, geometry, dx)
-    check(ops.cuda_bn_max_pool, x, mean, var, weight, bias, 1e-5, 1, geometry, out, argmax)
-    check(ops.cuda_bn_max_pool_reduce, out, argmax, geometry, x, *vectors, 1e-5, 1, rows, partials)
-    check(ops.cuda_bn_max_pool_input_grad, out, argmax, geometry, x, *vectors, mean, var, 1e-5, 1, dx)
+    check(ops.cuda_bn_max_pool, *norm, geometry, out, argmax)
+    check(ops.cuda_bn_max_pool_reduce, out, argmax, geometry, *norm, rows, partials)
+    check(ops.cuda_bn_max_pool_input_grad, out, argmax, geometry, *norm, mean, var, 72.0, dx)
     with pytest.raises(RuntimeError, match="number of windows is 6; expected 1 to 4"):
         ops.cuda_max_pool(x, (3, 3, 1, 1, 0, 0), training.empty((2, 16, 6, 6), x), None)
     with pytest.raises(RuntimeError, match="act is 4; expected 0 to 2"):

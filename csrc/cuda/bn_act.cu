@@ -6,13 +6,16 @@
 namespace fused_resnet::cuda {
 namespace {
 
-// out = act((x - mean) * scale + shift + residual); bit e of mask[access] is set where the gradient of element e
-// passes.
-template <class T, int kN, int kAct, bool kResidual>
-__global__ void __launch_bounds__(RowGrid::kThreads, kResidual ? 2 : 3) bn_apply_kernel(BnArgs<T> in, RowGrid grid) {
+enum class Residual { kNone, kAdded, kNormed };
+
+// out = act((x - mean) * scale + shift + residual), kNormed with (residual - its mean) * its scale + its shift; bit e
+// of mask[access] is set where the gradient of element e passes.
+template <class T, int kN, int kAct, Residual kResidual>
+__global__ void __launch_bounds__(RowGrid::kThreads, kResidual == Residual::kNone ? 3 : 2)
+    bn_apply_kernel(BnArgs<T> in, RowGrid grid) {
   const RowTile tile(grid, kN, true);
   if (!tile.inside) return;
-  const Affine<kN> affine(in, tile);
+  const PreActivation<kN, kResidual == Residual::kNormed> norms(in.norm, in.residual_norm, tile);
   for_rows<RowGrid::kAtOnce>(tile, [&](std::int64_t row, auto at_once) {
     constexpr int kRows = at_once();
     Pack<T, kN> x[kRows];
@@ -21,7 +24,7 @@ __global__ void __launch_bounds__(RowGrid::kThreads, kResidual ? 2 : 3) bn_apply
     for (int i = 0; i < kRows; ++i) {
       const std::int64_t at = (row + i * tile.lines) * grid.channels + tile.channel;
       x[i] = load_pack<T, kN>(in.x + at);
-      if constexpr (kResidual) residual[i] = load_pack<T, kN>(in.residual + at);
+      if constexpr (kResidual != Residual::kNone) residual[i] = load_pack<T, kN>(in.residual + at);
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -29,8 +32,11 @@ __global__ void __launch_bounds__(RowGrid::kThreads, kResidual ? 2 : 3) bn_apply
       float v[kN];
 #pragma unroll
       for (int e = 0; e < kN; ++e) {
-        v[e] = affine(e, widen(x[i], e));
-        if constexpr (kResidual) v[e] += widen(residual[i], e);
+        v[e] = widen(x[i], e);
+        if constexpr (kResidual == Residual::kNone)
+          v[e] = norms.x(e, v[e]);
+        else
+          v[e] = norms(e, v[e], widen(residual[i], e));
         v[e] = limited_activate<kAct>(v[e], in.limits);
       }
       const auto out = narrow<T>(v);
@@ -65,69 +71,96 @@ void check_mask(const Arguments& args, const std::optional<Tensor>& mask, const 
   args.matrix(*mask, ScalarType::Byte, 1, x.numel() / width, "mask", 1);
 }
 
-void check_gradient(const Arguments& args, const Tensor& dy, const Tensor& x, const std::optional<Tensor>& y,
-                    const std::optional<Tensor>& mask, const std::optional<Tensor>& residual,
-                    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& mean,
-                    const Tensor& var, std::int64_t act) {
-  args.image(x, "x");
-  args.like(dy, x, "dy");
-  args.like(y, x, "y");
-  args.activation(act);
-  check_mask(args, mask, x, act);
-  args.like(residual, x, "residual");
-  args.vector(weight, x.size(1), "weight");
-  args.vector(bias, x.size(1), "bias");
-  args.vector(mean, x.size(1), "mean");
-  args.vector(var, x.size(1), "var");
+// What both passes of the backward are given.
+struct Gradient {
+  Tensor dy;
+  Normed source;
+  std::int64_t act;
+  std::optional<Tensor> y, mask;
+
+  void check(const Arguments& args) const {
+    source.check(args);
+    args.like(dy, source.x, "dy");
+    args.activation(act);
+    args.like(y, source.x, "y");
+    check_mask(args, mask, source.x, act);
+  }
+};
+
+// Launches `in`'s pass of the backward over dy, with the slope from where it is cheapest.
+template <int kN, bool kNormed, class T>
+void launch_backward(const Launcher& launch, const BnArgs<T>& in, std::int64_t act, const RowGrid& grid) {
+  const StoredGradient<T, kN> source{in.dy};
+  if (act == kNone) return launch_bn_backward<kN, Slope::kOne, kNone, kNormed>(launch, in, source, grid);
+  if (in.mask) return launch_bn_backward<kN, Slope::kMask, kNone, kNormed>(launch, in, source, grid);
+  with_limited_act(act, [&](auto code) {
+    if constexpr (code() == kNone)
+      if (in.y) return launch_bn_backward<kN, Slope::kOutput, kNone, kNormed>(launch, in, source, grid);
+    launch_bn_backward<kN, Slope::kAgain, code(), kNormed>(launch, in, source, grid);
+  });
 }
 
-void apply(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
-           const std::optional<Tensor>& var, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-           double eps, std::int64_t act, const Tensor& out, const std::optional<Tensor>& mask) {
+// Launches the pass that `finish(in)` makes of it; without tile_rows, one that leaves nothing behind for each tile.
+template <class Finish>
+void backward(const Gradient& gradient, std::int64_t tile_rows, const Finish& finish) {
+  const Tensor& x = gradient.source.x;
   const Launcher launch(x);
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     with_width<T>(x.size(1), [&](auto width) {
-      auto in = bn_args<T>(x, residual, mean, var, weight, bias, eps, act);
+      auto in = bn_args<T>(gradient.source, gradient.act);
+      in.dy = static_cast<const T*>(gradient.dy.const_data_ptr());
+      in.y = static_cast<const T*>(data_or_null(gradient.y));
+      in.mask = mask_bytes(gradient.mask);
+      finish(in);
+      const RowGrid grid(x.numel() / x.size(1), x.size(1), width(), tile_rows);
+      gradient.source.has_residual_norm() ? launch_backward<width(), true>(launch, in, gradient.act, grid)
+                                          : launch_backward<width(), false>(launch, in, gradient.act, grid);
+    });
+  });
+}
+
+template <class T>
+T* output(T*, const std::optional<Tensor>& t) {
+  return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+}
+
+void apply(const Normed& source, std::int64_t act, const Tensor& out, const std::optional<Tensor>& mask) {
+  const Tensor& x = source.x;
+  const Launcher launch(x);
+  with_dtype(x, [&](auto t) {
+    using T = decltype(t);
+    with_width<T>(x.size(1), [&](auto width) {
+      auto in = bn_args<T>(source, act);
       in.out = static_cast<T*>(out.mutable_data_ptr());
       in.mask = mask_bytes(mask);
       const RowGrid grid(x.numel() / x.size(1), x.size(1), width());
       with_limited_act(act, [&](auto code) {
-        launch(residual ? bn_apply_kernel<T, width(), code(), true> : bn_apply_kernel<T, width(), code(), false>,
-               grid.blocks(), RowGrid::kThreads, 0, in, grid);
+        const auto kernel = source.has_residual_norm() ? bn_apply_kernel<T, width(), code(), Residual::kNormed>
+                            : source.residual          ? bn_apply_kernel<T, width(), code(), Residual::kAdded>
+                                                       : bn_apply_kernel<T, width(), code(), Residual::kNone>;
+        launch(kernel, grid.blocks(), RowGrid::kThreads, 0, in, grid);
       });
     });
   });
 }
 
-// Launches `in`'s pass of the backward over dy, with the slope from where it is cheapest.
-template <int kN, class T>
-void launch_backward(const Launcher& launch, const BnArgs<T>& in, std::int64_t act, const RowGrid& grid) {
-  const StoredGradient<T, kN> source{in.dy};
-  if (act == kNone) return launch_bn_backward<kN, Slope::kOne, kNone>(launch, in, source, grid);
-  if (in.mask) return launch_bn_backward<kN, Slope::kMask, kNone>(launch, in, source, grid);
-  with_limited_act(act, [&](auto code) {
-    if constexpr (code() == kNone)
-      if (in.y) return launch_bn_backward<kN, Slope::kOutput, kNone>(launch, in, source, grid);
-    launch_bn_backward<kN, Slope::kAgain, code()>(launch, in, source, grid);
-  });
-}
-
 }  // namespace
 
-void bn_apply(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
-              std::optional<Tensor> residual, double eps, std::int64_t act, Tensor y, std::optional<Tensor> mask) {
+void bn_apply(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
+              std::optional<Tensor> residual, std::optional<Tensor> residual_mean, std::optional<Tensor> residual_var,
+              std::optional<Tensor> residual_weight, std::optional<Tensor> residual_bias, double residual_eps,
+              std::int64_t act, Tensor y, std::optional<Tensor> mask) {
+  const Normed source{x,
+                      {mean, var, weight, bias, eps},
+                      residual,
+                      {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}};
   const Arguments args("bn_apply", x);
-  args.image(x, "x");
-  args.vector(mean, x.size(1), "mean");
-  args.vector(var, x.size(1), "var");
-  args.vector(weight, x.size(1), "weight");
-  args.vector(bias, x.size(1), "bias");
-  args.like(residual, x, "residual");
+  source.check(args);
   args.activation(act);
   args.like(y, x, "y");
   check_mask(args, mask, x, act);
-  apply(x, residual, mean, var, weight, bias, eps, act, y, mask);
+  apply(source, act, y, mask);
 }
 
 void scale_act(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual, std::int64_t act, Tensor out) {
@@ -138,53 +171,60 @@ void scale_act(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> resid
   args.like(residual, x, "residual");
   args.activation(act);
   args.like(out, x, "out");
-  apply(x, residual, std::nullopt, std::nullopt, scale, shift, 0.0, act, out, std::nullopt);
+  apply({.x = x, .norm = {.weight = scale, .bias = shift}, .residual = residual}, act, out, std::nullopt);
 }
 
-void bn_reduce(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tensor> mask, std::optional<Tensor> residual,
-               std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var, double eps,
-               std::int64_t act, std::int64_t tile_rows, Tensor partials, std::optional<Tensor> dresidual) {
+void bn_reduce(Tensor dy, Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
+               double eps, std::optional<Tensor> residual, std::optional<Tensor> residual_mean,
+               std::optional<Tensor> residual_var, std::optional<Tensor> residual_weight,
+               std::optional<Tensor> residual_bias, double residual_eps, std::int64_t act, std::optional<Tensor> y,
+               std::optional<Tensor> mask, std::int64_t tile_rows, Tensor partials, std::optional<Tensor> g) {
+  const Gradient gradient{dy,
+                          {x,
+                           {mean, var, weight, bias, eps},
+                           residual,
+                           {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}},
+                          act,
+                          y,
+                          mask};
   const Arguments args("bn_reduce", x);
-  check_gradient(args, dy, x, y, mask, residual, weight, bias, mean, var, act);
-  args.partials(partials, x, tile_rows, 2);
-  args.like(dresidual, x, "dresidual");
-  const Launcher launch(x);
-  with_dtype(x, [&](auto t) {
-    using T = decltype(t);
-    with_width<T>(x.size(1), [&](auto width) {
-      auto in = bn_args<T>(x, residual, mean, var, weight, bias, eps, act);
-      in.dy = static_cast<const T*>(dy.const_data_ptr());
-      in.y = static_cast<const T*>(data_or_null(y));
-      in.mask = mask_bytes(mask);
-      in.partials = floats(partials);
-      in.dresidual = dresidual ? static_cast<T*>(dresidual->mutable_data_ptr()) : nullptr;
-      const RowGrid grid(x.numel() / x.size(1), x.size(1), width(), tile_rows);
-      launch_backward<width()>(launch, in, act, grid);
-    });
+  gradient.check(args);
+  args.partials(partials, x, tile_rows, gradient.source.has_residual_norm() ? 3 : 2);
+  args.like(g, x, "g");
+  backward(gradient, tile_rows, [&](auto& in) {
+    in.partials = floats(partials);
+    in.out = output(in.out, g);
   });
 }
 
-void bn_input_grad(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tensor> mask,
-                   std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                   Tensor mean, Tensor var, Tensor mean_g, Tensor slope, double eps, std::int64_t act, Tensor dx) {
+void bn_input_grad(Tensor dy, Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight,
+                   std::optional<Tensor> bias, double eps, std::optional<Tensor> residual,
+                   std::optional<Tensor> residual_mean, std::optional<Tensor> residual_var,
+                   std::optional<Tensor> residual_weight, std::optional<Tensor> residual_bias, double residual_eps,
+                   std::int64_t act, std::optional<Tensor> y, std::optional<Tensor> mask, Tensor dweight, Tensor dbias,
+                   std::optional<Tensor> dresidual_weight, double count, Tensor dx, std::optional<Tensor> dresidual) {
+  const Gradient gradient{dy,
+                          {x,
+                           {mean, var, weight, bias, eps},
+                           residual,
+                           {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}},
+                          act,
+                          y,
+                          mask};
+  const ChannelGradients channels{dweight, dbias, dresidual_weight, count};
   const Arguments args("bn_input_grad", x);
-  check_gradient(args, dy, x, y, mask, residual, weight, bias, mean, var, act);
-  args.vector(mean_g, x.size(1), "mean_g");
-  args.vector(slope, x.size(1), "slope");
+  gradient.check(args);
+  channels.check(args, x.size(1));
   args.like(dx, x, "dx");
-  const Launcher launch(x);
-  with_dtype(x, [&](auto t) {
-    using T = decltype(t);
-    with_width<T>(x.size(1), [&](auto width) {
-      auto in = bn_args<T>(x, residual, mean, var, weight, bias, eps, act);
-      in.dy = static_cast<const T*>(dy.const_data_ptr());
-      in.y = static_cast<const T*>(data_or_null(y));
-      in.mask = mask_bytes(mask);
-      in.mean_g = floats(mean_g);
-      in.slope = floats(slope);
-      in.out = static_cast<T*>(dx.mutable_data_ptr());
-      launch_backward<width()>(launch, in, act, RowGrid(x.numel() / x.size(1), x.size(1), width()));
-    });
+  args.like(dresidual, x, "dresidual");
+  if (gradient.source.has_residual_norm()) {
+    args.given(dresidual_weight, "dresidual_weight", "a number for each channel beside residual_mean");
+    args.given(dresidual, "dresidual", "what lies as the residual does, beside residual_mean");
+  }
+  backward(gradient, 0, [&](auto& in) {
+    channels.hand_to(in);
+    in.out = output(in.out, dx);
+    in.dresidual = output(in.dresidual, dresidual);
   });
 }
 

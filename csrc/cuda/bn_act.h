@@ -4,8 +4,7 @@
 
 #include <limits>
 
-#include "cuda/launch.h"
-#include "cuda/rows.h"
+#include "cuda/norm.h"
 
 namespace fused_resnet::cuda {
 
@@ -24,28 +23,45 @@ struct BnArgs {
   const T *x = nullptr, *dy = nullptr, *y = nullptr, *residual = nullptr;
   T *out = nullptr, *dresidual = nullptr;
   std::uint8_t* mask = nullptr;
-  const float *mean = nullptr, *var = nullptr, *weight = nullptr, *bias = nullptr;
-  const float *mean_g = nullptr, *slope = nullptr;
+  NormVectors norm, residual_norm;
+  const float *dweight = nullptr, *dbias = nullptr, *dresidual_weight = nullptr;
   float* partials = nullptr;
-  float eps = 0.0f;
+  float inverse_count = 0.0f;  // of the values of a channel
   Limits limits;
 };
 
 // What all passes have in common.
 template <class T>
-BnArgs<T> bn_args(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& mean,
-                  const std::optional<Tensor>& var, const std::optional<Tensor>& weight,
-                  const std::optional<Tensor>& bias, double eps, std::int64_t act) {
+BnArgs<T> bn_args(const Normed& source, std::int64_t act) {
   BnArgs<T> in{.limits = Limits(act)};
-  in.x = static_cast<const T*>(x.const_data_ptr());
-  in.residual = static_cast<const T*>(data_or_null(residual));
-  in.mean = floats(mean);
-  in.var = floats(var);
-  in.weight = floats(weight);
-  in.bias = floats(bias);
-  in.eps = static_cast<float>(eps);
+  in.x = static_cast<const T*>(source.x.const_data_ptr());
+  in.residual = static_cast<const T*>(data_or_null(source.residual));
+  in.norm = source.norm.vectors();
+  in.residual_norm = source.residual_norm.vectors();
   return in;
 }
+
+// Of the channels' gradients, as the second pass reads them.
+struct ChannelGradients {
+  Tensor dweight, dbias;
+  std::optional<Tensor> dresidual_weight;
+  double count;
+
+  void check(const Arguments& args, std::int64_t channels) const {
+    args.vector(dweight, channels, "dweight");
+    args.vector(dbias, channels, "dbias");
+    args.vector(dresidual_weight, channels, "dresidual_weight");
+    if (!(count >= 1.0)) args.refuse("count", std::to_string(count), "a number from 1 on");
+  }
+
+  template <class T>
+  void hand_to(BnArgs<T>& in) const {
+    in.dweight = floats(dweight);
+    in.dbias = floats(dbias);
+    in.dresidual_weight = floats(dresidual_weight);
+    in.inverse_count = static_cast<float>(1.0 / count);
+  }
+};
 
 template <int kAct>
 FUSED_RESNET_DEVICE float limited_activate(float v, Limits limits) {
@@ -58,29 +74,6 @@ FUSED_RESNET_DEVICE float limited_activate(float v, Limits limits) {
 FUSED_RESNET_DEVICE bool passes(float at, Limits limits) {
   return !(at <= limits.low) && !(at >= limits.high);
 }
-
-// Of kN channels: (x - mean) * scale + shift, scale = weight / sqrt(var + eps), or the weight where there is no var.
-// Forward and backward compute it here, so that the backward finds the forward's pieces of the activation to the bit.
-template <int kN>
-struct Affine {
-  float mean[kN], scale[kN], shift[kN];
-
-  template <class T>
-  FUSED_RESNET_DEVICE Affine(const BnArgs<T>& in, const RowTile& tile) {
-    if (!tile.inside) return;
-    load_channels(mean, in.mean, tile.channel, 0.0f);
-    load_channels(scale, in.weight, tile.channel, 1.0f);
-    load_channels(shift, in.bias, tile.channel, 0.0f);
-    if (!in.var) return;
-    float var[kN];
-    load_channels(var, in.var, tile.channel, 1.0f);
-#pragma unroll
-    for (int e = 0; e < kN; ++e)
-      scale[e] *= 1.0f / std::sqrt(var[e] + in.eps);
-  }
-
-  FUSED_RESNET_DEVICE float operator()(int e, float x) const { return batch_norm(x - mean[e], scale[e], shift[e]); }
-};
 
 // Where the activation's slope is told from: it is 1; a bit an element; the output; the pre-activation, computed again.
 enum class Slope { kOne, kMask, kOutput, kAgain };
@@ -101,10 +94,10 @@ struct StoredGradient {
 };
 
 // One row of a thread: what is loaded of it, and g = dy * act' from that.
-template <class T, int kN, Slope kSlope, int kAct, class Source>
+template <class T, int kN, Slope kSlope, int kAct, bool kNormed, class Source>
 struct GradientRow {
   typename Source::Loaded dy;
-  Pack<T, kN> x, other;  // the output, or the residual
+  Pack<T, kN> x, y, residual;
   unsigned bits;
 
   FUSED_RESNET_DEVICE void load(const BnArgs<T>& in, const Source& source, const RowTile& tile, const RowGrid& grid,
@@ -113,35 +106,46 @@ struct GradientRow {
     x = load_pack<T, kN>(in.x + at);
     dy = source.load(tile, grid, row);
     if constexpr (kSlope == Slope::kMask) bits = in.mask[at / kN];
-    if constexpr (kSlope == Slope::kOutput) other = load_pack<T, kN>(in.y + at);
-    if constexpr (kSlope == Slope::kAgain)
-      if (in.residual) other = load_pack<T, kN>(in.residual + at);
+    if constexpr (kSlope == Slope::kOutput) y = load_pack<T, kN>(in.y + at);
+    if constexpr (kNormed)
+      residual = load_pack<T, kN>(in.residual + at);
+    else if constexpr (kSlope == Slope::kAgain)
+      if (in.residual) residual = load_pack<T, kN>(in.residual + at);
   }
 
-  FUSED_RESNET_DEVICE float centred(int e, const Affine<kN>& affine) const { return widen(x, e) - affine.mean[e]; }
-
-  FUSED_RESNET_DEVICE float g(int e, const BnArgs<T>& in, const Affine<kN>& affine) const {
+  FUSED_RESNET_DEVICE float g(int e, const BnArgs<T>& in, const PreActivation<kN, kNormed>& norms) const {
     const float g = dy(e);
     if constexpr (kSlope == Slope::kOne) return g;
     if constexpr (kSlope == Slope::kMask) return bits >> e & 1 ? g : 0.0f;
-    if constexpr (kSlope == Slope::kOutput) return passes(widen(other, e), in.limits) ? g : 0.0f;
-    float pre = affine(e, widen(x, e));
-    if (in.residual) pre += widen(other, e);
+    if constexpr (kSlope == Slope::kOutput) return passes(widen(y, e), in.limits) ? g : 0.0f;
+    const float v = widen(x, e);
+    const float pre = kNormed || in.residual ? norms(e, v, widen(residual, e)) : norms.x(e, v);
     if constexpr (kAct != kNone) return activate_grad<kAct>(g, pre);
     return passes(static_cast<float>(static_cast<T>(pre)), in.limits) ? g : 0.0f;
   }
 };
 
-// partials[tile] = the sums of g and of g * (x - mean) over the tile; dresidual = g.
-template <class T, int kN, Slope kSlope, int kAct, class Source>
-__global__ void __launch_bounds__(RowGrid::kThreads, kSlope == Slope::kOne ? 3 : 2)
+// Rows of a thread in flight, and blocks of a multiprocessor, without a spill: the vectors of a second norm take the
+// registers of two rows, and of one more where the pre-activation is computed again.
+template <class Source, Slope kSlope, bool kNormed>
+constexpr int kRowsAtOnce = !kNormed                  ? Source::kAtOnce
+                            : kSlope == Slope::kAgain ? 1
+                                                      : 2;
+
+template <Slope kSlope, bool kNormed>
+constexpr int kBlocksPerSm = kSlope == Slope::kOne && !kNormed ? 3 : 2;
+
+// partials[tile] = the sums of g, of g * (x - mean) and, kNormed, of g * (residual - its mean) over the tile; out = g.
+template <class T, int kN, Slope kSlope, int kAct, bool kNormed, class Source>
+__global__ void __launch_bounds__(RowGrid::kThreads, kBlocksPerSm<kSlope, kNormed>)
     bn_reduce_kernel(BnArgs<T> in, Source source, RowGrid grid) {
+  constexpr int kSums = kNormed ? 3 : 2;
   const RowTile tile(grid, kN);
-  const Affine<kN> affine(in, tile);
-  float sums[2 * kN] = {};
-  for_rows<Source::kAtOnce>(tile, [&](std::int64_t row, auto at_once) {
+  const PreActivation<kN, kNormed> norms(in.norm, in.residual_norm, tile);
+  float sums[kSums * kN] = {};
+  for_rows<kRowsAtOnce<Source, kSlope, kNormed>>(tile, [&](std::int64_t row, auto at_once) {
     constexpr int kRows = at_once();
-    GradientRow<T, kN, kSlope, kAct, Source> a[kRows];
+    GradientRow<T, kN, kSlope, kAct, kNormed, Source> a[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
       a[i].load(in, source, tile, grid, row + i * tile.lines);
@@ -150,64 +154,92 @@ __global__ void __launch_bounds__(RowGrid::kThreads, kSlope == Slope::kOne ? 3 :
       float g[kN];
 #pragma unroll
       for (int e = 0; e < kN; ++e) {
-        g[e] = a[i].g(e, in, affine);
+        g[e] = a[i].g(e, in, norms);
         sums[e] += g[e];
-        sums[kN + e] += g[e] * a[i].centred(e, affine);
+        sums[kN + e] += g[e] * (widen(a[i].x, e) - norms.x.mean[e]);
+        if constexpr (kNormed) sums[2 * kN + e] += g[e] * (widen(a[i].residual, e) - norms.residual.mean[e]);
       }
-      if (in.dresidual)
-        store_global(in.dresidual + (row + i * tile.lines) * grid.channels + tile.channel, narrow<T>(g));
+      if (in.out) store_global(in.out + (row + i * tile.lines) * grid.channels + tile.channel, narrow<T>(g));
     }
   });
-  merge_lines(tile, sums, [](float (&own)[2 * kN], const float (&other)[2 * kN], int) {
+  merge_lines(tile, sums, [](float (&own)[kSums* kN], const float (&other)[kSums* kN], int) {
 #pragma unroll
-    for (int v = 0; v < 2 * kN; ++v)
+    for (int v = 0; v < kSums * kN; ++v)
       own[v] += other[v];
   });
   if (tile.line != 0 || !tile.inside) return;
-  float* out = in.partials + tile.index * 2 * grid.channels + tile.channel;
-  float sum_g[kN], sum_gx[kN];
 #pragma unroll
-  for (int e = 0; e < kN; ++e)
-    sum_g[e] = sums[e], sum_gx[e] = sums[kN + e];
-  store_channels(out, sum_g);
-  store_channels(out + grid.channels, sum_gx);
+  for (int which = 0; which < kSums; ++which) {
+    float sum[kN];
+#pragma unroll
+    for (int e = 0; e < kN; ++e)
+      sum[e] = sums[which * kN + e];
+    store_channels(in.partials + (tile.index * kSums + which) * grid.channels + tile.channel, sum);
+  }
 }
 
-// out = dx = scale * (g - mean_g - (x - mean) * slope), the tiles in the opposite order of bn_reduce_kernel's.
-template <class T, int kN, Slope kSlope, int kAct, class Source>
-__global__ void __launch_bounds__(RowGrid::kThreads, kSlope == Slope::kOne ? 3 : 2)
+// batch_norm_grad's slope, the mean of g * (x - mean) over the variance, of dweight, the sum of g * (x - mean) *
+// inverse.
+template <int kN>
+FUSED_RESNET_DEVICE void load_slope(float (&slope)[kN], const Affine<kN>& norm, const float* dweight,
+                                    std::int64_t channel, float inverse_count) {
+  load_channels(slope, dweight, channel, 0.0f);
+#pragma unroll
+  for (int e = 0; e < kN; ++e)
+    slope[e] *= norm.inverse[e] * inverse_count;
+}
+
+// out = dx = scale * (g - mean_g - (x - mean) * slope) and, kNormed, dresidual the same, the tiles in the opposite
+// order of bn_reduce_kernel's.
+template <class T, int kN, Slope kSlope, int kAct, bool kNormed, class Source>
+__global__ void __launch_bounds__(RowGrid::kThreads, kBlocksPerSm<kSlope, kNormed>)
     bn_input_grad_kernel(BnArgs<T> in, Source source, RowGrid grid) {
   const RowTile tile(grid, kN, true);
   if (!tile.inside) return;
-  const Affine<kN> affine(in, tile);
+  const PreActivation<kN, kNormed> norms(in.norm, in.residual_norm, tile);
   float mean_g[kN], slope[kN];
-  load_channels(mean_g, in.mean_g, tile.channel, 0.0f);
-  load_channels(slope, in.slope, tile.channel, 0.0f);
-  for_rows<Source::kAtOnce>(tile, [&](std::int64_t row, auto at_once) {
+  [[maybe_unused]] float residual_slope[kN];
+  load_channels(mean_g, in.dbias, tile.channel, 0.0f);
+#pragma unroll
+  for (int e = 0; e < kN; ++e)
+    mean_g[e] *= in.inverse_count;
+  load_slope(slope, norms.x, in.dweight, tile.channel, in.inverse_count);
+  if constexpr (kNormed)
+    load_slope(residual_slope, norms.residual, in.dresidual_weight, tile.channel, in.inverse_count);
+  for_rows<kRowsAtOnce<Source, kSlope, kNormed>>(tile, [&](std::int64_t row, auto at_once) {
     constexpr int kRows = at_once();
-    GradientRow<T, kN, kSlope, kAct, Source> a[kRows];
+    GradientRow<T, kN, kSlope, kAct, kNormed, Source> a[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
       a[i].load(in, source, tile, grid, row + i * tile.lines);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      const std::int64_t at = (row + i * tile.lines) * grid.channels + tile.channel;
       float dx[kN];
+      [[maybe_unused]] float dresidual[kN];
 #pragma unroll
-      for (int e = 0; e < kN; ++e)
-        dx[e] = batch_norm_grad(a[i].g(e, in, affine), a[i].centred(e, affine), affine.scale[e], mean_g[e], slope[e]);
-      store_global(in.out + (row + i * tile.lines) * grid.channels + tile.channel, narrow<T>(dx));
+      for (int e = 0; e < kN; ++e) {
+        const float g = a[i].g(e, in, norms);
+        dx[e] = batch_norm_grad(g, widen(a[i].x, e) - norms.x.mean[e], norms.x.scale[e], mean_g[e], slope[e]);
+        if constexpr (kNormed)
+          dresidual[e] = batch_norm_grad(g, widen(a[i].residual, e) - norms.residual.mean[e], norms.residual.scale[e],
+                                         mean_g[e], residual_slope[e]);
+      }
+      store_global(in.out + at, narrow<T>(dx));
+      if constexpr (kNormed) store_global(in.dresidual + at, narrow<T>(dresidual));
     }
   });
 }
 
 // Launches the first pass of the backward where there are partials to write, else the second.
-template <int kN, Slope kSlope, int kAct, class T, class Source>
+template <int kN, Slope kSlope, int kAct, bool kNormed, class T, class Source>
 void launch_bn_backward(const Launcher& launch, const BnArgs<T>& in, const Source& source, const RowGrid& grid) {
   if (in.partials)
-    launch(bn_reduce_kernel<T, kN, kSlope, kAct, Source>, grid.blocks(), RowGrid::kThreads, merge_memory(2 * kN), in,
-           source, grid);
+    launch(bn_reduce_kernel<T, kN, kSlope, kAct, kNormed, Source>, grid.blocks(), RowGrid::kThreads,
+           merge_memory((kNormed ? 3 : 2) * kN), in, source, grid);
   else
-    launch(bn_input_grad_kernel<T, kN, kSlope, kAct, Source>, grid.blocks(), RowGrid::kThreads, 0, in, source, grid);
+    launch(bn_input_grad_kernel<T, kN, kSlope, kAct, kNormed, Source>, grid.blocks(), RowGrid::kThreads, 0, in, source,
+           grid);
 }
 
 }  // namespace fused_resnet::cuda

@@ -144,23 +144,29 @@ __global__ void __launch_bounds__(kMergeThreads)
   var[c] = static_cast<float>(m2 / static_cast<double>(rows));
 }
 
-// Of partials [tiles, 2, C], the sums of g and of g * (x - mean): dbias and dweight, and the two per-channel numbers of
-// batch_norm_grad.
+// Of partials [tiles, sums, C], the sums of g, of g * (x - mean) and, where there are three of them, of g * (residual -
+// its mean): dbias, dweight and dresidual_weight.
 __global__ void __launch_bounds__(kMergeThreads)
-    bn_reduce_finalize_kernel(const float* partials, const float* var, double eps, float* dweight, float* dbias,
-                              float* mean_g, float* slope, std::int64_t channels, std::int64_t tiles,
-                              std::int64_t rows) {
+    bn_reduce_finalize_kernel(const float* partials, const float* var, double eps, const float* residual_var,
+                              double residual_eps, float* dweight, float* dbias, float* dresidual_weight,
+                              std::int64_t channels, std::int64_t tiles) {
   const std::int64_t c = merged_channel();
-  const bool inside = c < channels;
-  const double sum_g = sum_of_tiles(tiles, inside, [&](std::int64_t t) { return partials[2 * t * channels + c]; });
-  const double sum_gx =
-      sum_of_tiles(tiles, inside, [&](std::int64_t t) { return partials[(2 * t + 1) * channels + c]; });
-  if (threadIdx.x >= kMergeChannels || !inside) return;
-  const double inverse = 1.0 / std::sqrt(static_cast<double>(var[c]) + eps), count = static_cast<double>(rows);
-  dbias[c] = static_cast<float>(sum_g);
-  dweight[c] = static_cast<float>(sum_gx * inverse);
-  mean_g[c] = static_cast<float>(sum_g / count);
-  slope[c] = static_cast<float>(sum_gx * inverse * inverse / count);
+  const bool inside = c < channels, writes = threadIdx.x < kMergeChannels && inside;
+  const int sums = residual_var ? 3 : 2;
+  const auto total = [&](int which) {
+    return sum_of_tiles(tiles, inside, [&](std::int64_t t) { return partials[(sums * t + which) * channels + c]; });
+  };
+  const auto over_deviation = [&](double sum, const float* of, double with_eps) {
+    return static_cast<float>(sum / std::sqrt(static_cast<double>(of[c]) + with_eps));
+  };
+  const double sum_g = total(0), sum_gx = total(1);
+  if (writes) {
+    dbias[c] = static_cast<float>(sum_g);
+    dweight[c] = over_deviation(sum_gx, var, eps);
+  }
+  if (!residual_var) return;
+  const double sum_gr = total(2);
+  if (writes) dresidual_weight[c] = over_deviation(sum_gr, residual_var, residual_eps);
 }
 
 }  // namespace
@@ -195,22 +201,25 @@ void bn_finalize(Tensor partials, std::int64_t rows, std::int64_t tile_rows, Ten
          floats(mean), floats(var), channels, tiles, rows, tile_rows);
 }
 
-void bn_reduce_finalize(Tensor partials, std::int64_t rows, Tensor var, double eps, Tensor dweight, Tensor dbias,
-                        Tensor mean_g, Tensor slope) {
+void bn_reduce_finalize(Tensor partials, Tensor var, double eps, std::optional<Tensor> residual_var,
+                        double residual_eps, Tensor dweight, Tensor dbias, std::optional<Tensor> dresidual_weight) {
   const Arguments args("bn_reduce_finalize", partials);
   const std::int64_t channels = var.numel();
-  args.number(rows, 1, "rows", INT64_MAX);
   args.number(channels, 1, "the size of var");
-  const std::int64_t tiles = std::max<std::int64_t>(1, partials.numel() / (2 * channels));
-  args.matrix(partials, ScalarType::Float, tiles, 2 * channels, "partials");
+  const std::int64_t sums = residual_var ? 3 : 2;
+  const std::int64_t tiles = std::max<std::int64_t>(1, partials.numel() / (sums * channels));
+  args.matrix(partials, ScalarType::Float, tiles, sums * channels, "partials");
   args.vector(var, channels, "var");
+  args.vector(residual_var, channels, "residual_var");
   args.vector(dweight, channels, "dweight");
   args.vector(dbias, channels, "dbias");
-  args.vector(mean_g, channels, "mean_g");
-  args.vector(slope, channels, "slope");
+  args.vector(dresidual_weight, channels, "dresidual_weight");
+  if (residual_var) args.given(dresidual_weight, "dresidual_weight", "a number for each channel beside residual_var");
   const Launcher launch(partials);
+  float* const written = dresidual_weight ? floats(*dresidual_weight) : nullptr;
   launch(bn_reduce_finalize_kernel, ceil_div(channels, kMergeChannels), kMergeThreads, kMergeMemory, floats(partials),
-         floats(var), eps, floats(dweight), floats(dbias), floats(mean_g), floats(slope), channels, tiles, rows);
+         floats(var), eps, floats(residual_var), residual_eps, floats(dweight), floats(dbias), written, channels,
+         tiles);
 }
 
 }  // namespace fused_resnet::cuda

@@ -44,21 +44,30 @@ void stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, std::optional<Ten
           std::vector<std::int64_t> geometry, std::vector<std::int64_t> tile, bool tf32, std::int64_t act, Tensor out);
 
 // A tile of rows (pixels) has tile_rows of them, the last one what is left; partials hold, for every tile and channel,
-// the mean in two parts and the variance (bn_stats), or the sums of g and g * (x - mean) (bn_reduce). A mask has a byte
-// for every access, of 16 bytes where the channels are a multiple of that and else of one element, and in it a bit an
-// element.
+// the mean in two parts and the variance (bn_stats), or the sums of g, of g * (x - mean) and, where the residual has a
+// batch norm of its own (which then is its mean and var, weight and bias), of g * (residual - its mean) (bn_reduce).
+// The slope is told from the mask, else from y, else from x and the residual; g is the gradient behind it. count: the
+// values of a channel that dweight and dbias are sums over. A mask has a byte for every access, of 16 bytes where the
+// channels are a multiple of that and else of one element, and in it a bit an element.
 void bn_stats(Tensor x, std::int64_t tile_rows, Tensor partials);
 void bn_finalize(Tensor partials, std::int64_t rows, std::int64_t tile_rows, Tensor mean, Tensor var);
-void bn_apply(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
-              std::optional<Tensor> residual, double eps, std::int64_t act, Tensor y, std::optional<Tensor> mask);
-void bn_reduce(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tensor> mask, std::optional<Tensor> residual,
-               std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var, double eps,
-               std::int64_t act, std::int64_t tile_rows, Tensor partials, std::optional<Tensor> dresidual);
-void bn_reduce_finalize(Tensor partials, std::int64_t rows, Tensor var, double eps, Tensor dweight, Tensor dbias,
-                        Tensor mean_g, Tensor slope);
-void bn_input_grad(Tensor dy, Tensor x, std::optional<Tensor> y, std::optional<Tensor> mask,
-                   std::optional<Tensor> residual, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                   Tensor mean, Tensor var, Tensor mean_g, Tensor slope, double eps, std::int64_t act, Tensor dx);
+void bn_apply(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
+              std::optional<Tensor> residual, std::optional<Tensor> residual_mean, std::optional<Tensor> residual_var,
+              std::optional<Tensor> residual_weight, std::optional<Tensor> residual_bias, double residual_eps,
+              std::int64_t act, Tensor y, std::optional<Tensor> mask);
+void bn_reduce(Tensor dy, Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
+               double eps, std::optional<Tensor> residual, std::optional<Tensor> residual_mean,
+               std::optional<Tensor> residual_var, std::optional<Tensor> residual_weight,
+               std::optional<Tensor> residual_bias, double residual_eps, std::int64_t act, std::optional<Tensor> y,
+               std::optional<Tensor> mask, std::int64_t tile_rows, Tensor partials, std::optional<Tensor> g);
+void bn_reduce_finalize(Tensor partials, Tensor var, double eps, std::optional<Tensor> residual_var,
+                        double residual_eps, Tensor dweight, Tensor dbias, std::optional<Tensor> dresidual_weight);
+void bn_input_grad(Tensor dy, Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight,
+                   std::optional<Tensor> bias, double eps, std::optional<Tensor> residual,
+                   std::optional<Tensor> residual_mean, std::optional<Tensor> residual_var,
+                   std::optional<Tensor> residual_weight, std::optional<Tensor> residual_bias, double residual_eps,
+                   std::int64_t act, std::optional<Tensor> y, std::optional<Tensor> mask, Tensor dweight, Tensor dbias,
+                   std::optional<Tensor> dresidual_weight, double count, Tensor dx, std::optional<Tensor> dresidual);
 void scale_act(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual, std::int64_t act, Tensor out);
 
 // geometry: kernel, stride and padding, each (height, width); argmax, [N, P, Q, C], has the taken tap's number in a
@@ -68,12 +77,12 @@ void max_pool_bwd(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, 
 void bn_max_pool(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
                  double eps, std::int64_t act, std::vector<std::int64_t> geometry, Tensor out,
                  std::optional<Tensor> argmax);
-void bn_max_pool_reduce(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x,
-                        std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var, double eps,
-                        std::int64_t act, std::int64_t tile_rows, Tensor partials);
-void bn_max_pool_input_grad(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x,
-                            std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var,
-                            Tensor mean_g, Tensor slope, double eps, std::int64_t act, Tensor dx);
+void bn_max_pool_reduce(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x, Tensor mean, Tensor var,
+                        std::optional<Tensor> weight, std::optional<Tensor> bias, double eps, std::int64_t act,
+                        std::int64_t tile_rows, Tensor partials);
+void bn_max_pool_input_grad(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x, Tensor mean,
+                            Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
+                            std::int64_t act, Tensor dweight, Tensor dbias, double count, Tensor dx);
 
 // Registers each of them under its name in the namespace fused_resnet_C.
 #define FUSED_RESNET_CUDA_OPERATORS(m)                                                   \

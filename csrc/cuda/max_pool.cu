@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(RowGrid::kThreads, 2)
     max_pool_kernel(BnArgs<T> in, Pool pool, std::uint8_t* argmax, RowGrid grid) {
   const RowTile tile(grid, kN, kNormalise);
   if (!tile.inside) return;
-  const Affine<kN> affine(in, tile);
+  const Affine<kN> affine(in.norm, tile);
   const Pixels outputs(tile, pool.p, pool.q);
   for_rows<1>(tile, [&](std::int64_t row, auto) {
     const Pixel at = outputs(row);
@@ -108,13 +108,27 @@ std::uint8_t* argmax_bytes(const std::optional<Tensor>& argmax) {
 }
 
 // Of the batch norm before the pooling, whose activation is a clamp.
-void check_norm(const Arguments& args, std::int64_t channels, const Tensor& mean, const Tensor& var,
-                const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, std::int64_t act) {
-  args.vector(mean, channels, "mean");
-  args.vector(var, channels, "var");
-  args.vector(weight, channels, "weight");
-  args.vector(bias, channels, "bias");
+void check_norm(const Arguments& args, const Normed& source, std::int64_t act) {
+  source.norm.check(args, source.x.size(1), Norm::kOwn);
   args.number(act, kNone, "act", kRelu6);
+}
+
+// Launches the pass over the gradient of x that `finish(in)` makes of it; without tile_rows, one that leaves nothing
+// behind for each tile.
+template <class Finish>
+void backward(const Tensor& dy, const Tensor& argmax, const Pool& pool, const Normed& source, std::int64_t act,
+              std::int64_t tile_rows, const Finish& finish) {
+  const Tensor& x = source.x;
+  const Launcher launch(x);
+  with_dtype(x, [&](auto t) {
+    using T = decltype(t);
+    auto in = bn_args<T>(source, act);
+    finish(in);
+    with_pooled_gradient<T>(dy, argmax, pool, [&](auto gradient, auto width) {
+      const RowGrid grid(rows_of(x), x.size(1), width(), tile_rows);
+      launch_bn_backward<width(), Slope::kAgain, kNone, false>(launch, in, gradient, grid);
+    });
+  });
 }
 
 }  // namespace
@@ -127,7 +141,7 @@ void max_pool(Tensor x, std::vector<std::int64_t> geometry, Tensor out, std::opt
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     with_width<T>(x.size(1), [&](auto width) {
-      auto in = bn_args<T>(x, {}, {}, {}, {}, {}, 0.0, kNone);
+      auto in = bn_args<T>({.x = x}, kNone);
       in.out = static_cast<T*>(out.mutable_data_ptr());
       launch_max_pool<false, T, width()>(launch, in, pool, argmax_bytes(argmax),
                                          RowGrid(rows_of(out), x.size(1), width()));
@@ -140,13 +154,14 @@ void bn_max_pool(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight
                  std::optional<Tensor> argmax) {
   const Arguments args("bn_max_pool", x);
   const Pool pool(args, x, "x", out, "out", geometry);
-  check_norm(args, x.size(1), mean, var, weight, bias, act);
+  const Normed source{.x = x, .norm = {mean, var, weight, bias, eps}};
+  check_norm(args, source, act);
   args.bytes_like(argmax, out, "argmax");
   const Launcher launch(x);
   with_dtype(x, [&](auto t) {
     using T = decltype(t);
     with_width<T>(x.size(1), [&](auto width) {
-      auto in = bn_args<T>(x, {}, mean, var, weight, bias, eps, act);
+      auto in = bn_args<T>(source, act);
       in.out = static_cast<T*>(out.mutable_data_ptr());
       launch_max_pool<true, T, width()>(launch, in, pool, argmax_bytes(argmax),
                                         RowGrid(rows_of(out), x.size(1), width()));
@@ -169,46 +184,32 @@ void max_pool_bwd(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, 
   });
 }
 
-void bn_max_pool_reduce(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x,
-                        std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var, double eps,
-                        std::int64_t act, std::int64_t tile_rows, Tensor partials) {
+void bn_max_pool_reduce(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x, Tensor mean, Tensor var,
+                        std::optional<Tensor> weight, std::optional<Tensor> bias, double eps, std::int64_t act,
+                        std::int64_t tile_rows, Tensor partials) {
   const Arguments args("bn_max_pool_reduce", x);
   const Pool pool(args, x, "x", dy, "dy", geometry);
   args.bytes_like(argmax, dy, "argmax");
-  check_norm(args, x.size(1), mean, var, weight, bias, act);
+  const Normed source{.x = x, .norm = {mean, var, weight, bias, eps}};
+  check_norm(args, source, act);
   args.partials(partials, x, tile_rows, 2);
-  const Launcher launch(x);
-  with_dtype(x, [&](auto t) {
-    using T = decltype(t);
-    auto in = bn_args<T>(x, {}, mean, var, weight, bias, eps, act);
-    in.partials = floats(partials);
-    with_pooled_gradient<T>(dy, argmax, pool, [&](auto source, auto width) {
-      const RowGrid grid(rows_of(x), x.size(1), width(), tile_rows);
-      launch_bn_backward<width(), Slope::kAgain, kNone>(launch, in, source, grid);
-    });
-  });
+  backward(dy, argmax, pool, source, act, tile_rows, [&](auto& in) { in.partials = floats(partials); });
 }
 
-void bn_max_pool_input_grad(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x,
-                            std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor var,
-                            Tensor mean_g, Tensor slope, double eps, std::int64_t act, Tensor dx) {
+void bn_max_pool_input_grad(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor x, Tensor mean,
+                            Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
+                            std::int64_t act, Tensor dweight, Tensor dbias, double count, Tensor dx) {
   const Arguments args("bn_max_pool_input_grad", x);
   const Pool pool(args, x, "x", dy, "dy", geometry);
   args.bytes_like(argmax, dy, "argmax");
-  check_norm(args, x.size(1), mean, var, weight, bias, act);
-  args.vector(mean_g, x.size(1), "mean_g");
-  args.vector(slope, x.size(1), "slope");
+  const Normed source{.x = x, .norm = {mean, var, weight, bias, eps}};
+  const ChannelGradients channels{dweight, dbias, std::nullopt, count};
+  check_norm(args, source, act);
+  channels.check(args, x.size(1));
   args.like(dx, x, "dx");
-  const Launcher launch(x);
-  with_dtype(x, [&](auto t) {
-    using T = decltype(t);
-    auto in = bn_args<T>(x, {}, mean, var, weight, bias, eps, act);
-    in.mean_g = floats(mean_g);
-    in.slope = floats(slope);
-    in.out = static_cast<T*>(dx.mutable_data_ptr());
-    with_pooled_gradient<T>(dy, argmax, pool, [&](auto source, auto width) {
-      launch_bn_backward<width(), Slope::kAgain, kNone>(launch, in, source, RowGrid(rows_of(x), x.size(1), width()));
-    });
+  backward(dy, argmax, pool, source, act, 0, [&](auto& in) {
+    channels.hand_to(in);
+    in.out = static_cast<decltype(in.out)>(dx.mutable_data_ptr());
   });
 }
 

@@ -17,11 +17,16 @@ from fused_resnet.backends import reference, tunable
 from fused_resnet.backends.config import Kernel
 from fused_resnet.backends.cpu import extension_missing
 from fused_resnet.backends.cuda import depthwise, implicit_gemm, registry, training
+from fused_resnet.backends.cuda.pooling import max_pool2d as max_pool2d
+from fused_resnet.backends.cuda.pooling import norm_act_max_pool2d as norm_act_max_pool2d
+from fused_resnet.backends.cuda.pooling import norm_act_max_pool2d_input_grad as norm_act_max_pool2d_input_grad
+from fused_resnet.backends.cuda.pooling import norm_act_max_pool2d_reduce as norm_act_max_pool2d_reduce
 from fused_resnet.backends.cuda.training import add_act as add_act
 from fused_resnet.backends.cuda.training import add_act_backward as add_act_backward
-from fused_resnet.backends.cuda.training import bn_act as bn_act
-from fused_resnet.backends.cuda.training import bn_act_backward as bn_act_backward
-from fused_resnet.backends.cuda.training import max_pool2d as max_pool2d
+from fused_resnet.backends.cuda.training import moments as moments
+from fused_resnet.backends.cuda.training import norm_act as norm_act
+from fused_resnet.backends.cuda.training import norm_act_input_grad as norm_act_input_grad
+from fused_resnet.backends.cuda.training import norm_act_reduce as norm_act_reduce
 from fused_resnet.backends.cuda.training import scale_act as scale_act
 from fused_resnet.backends.layout import aligned, empty, ready, vector
 from fused_resnet.backends.problem import Problem
@@ -175,31 +180,40 @@ def prepare_conv_scale_act_max_pool2d(x, weight, scale, shift, args, act):
     """None: it has no such kernel."""
 
 
-def conv_bn_act(x, weight, conv_bias, bn_weight, bn_bias, residual, args, eps, act):
+def conv_moments(x, norm, act, weight, bias, args):
     """The general convolution takes the moments of what it writes; behind the special ones they are a pass more."""
+    x = _activated(x, norm, act)
     problem = Problem.of("conv_scale_act", x, weight, args, None, "none")
     family, config = candidates(problem, x.device)[0]
-    x, residual, after = ready(x), ready(residual), (bn_weight, bn_bias, residual, eps, act)
     if family is implicit_gemm.FAMILY:
-        z, partials, tile = implicit_gemm.with_moments(x, weight, conv_bias, args)
-        y, mean, var = training.finish_bn_act(z, partials, tile, *after)
-    else:
-        z, ones = empty(problem.output, x), torch.ones(weight.shape[0], device=x.device)
-        # The weight has just changed, whether its version says so or not: no packed form of it is kept.
-        weights = aligned(family.pack(weight.detach(), problem, config))
-        shift = torch.zeros_like(ones) if conv_bias is None else vector(conv_bias)
-        family.run(problem, config, x, weights, ones, shift, None, z)
-        y, mean, var = training.bn_act(z, *after)
-    return y, z, mean, var
+        z, *partials = implicit_gemm.with_moments(x, weight, bias, args)
+        return z, *training.merged_moments(z, *partials)
+    z, ones = empty(problem.output, x), torch.ones(weight.shape[0], device=x.device)
+    # The weight has just changed, whether its version says so or not: no packed form of it is kept.
+    weights = aligned(family.pack(weight.detach(), problem, config))
+    shift = torch.zeros_like(ones) if bias is None else vector(bias)
+    family.run(problem, config, x, weights, ones, shift, None, z)
+    return z, *training.moments(z)
 
 
-def convolution_backward(grad, x, weight, args, needs):
-    """Gradients of x, weight and bias: of a depthwise convolution by our own kernels, else by aten (cuDNN)."""
+def _activated(x, norm, act):
+    """What is convolved: act(norm(x)), or x where there is no norm."""
+    return ready(x) if norm is None else norm_act(x, norm, None, None, act)[0]
+
+
+def convolution_backward(grad, x, norm, act, weight, args, needs, residual):
+    """Of a depthwise convolution by our own kernels, of others by aten (cuDNN)."""
+    y = _activated(x, norm if needs[1] else None, act)  # the other gradients need no more than its size
     family = candidates(Problem.of("conv_scale_act", x, weight, args, None, "none"), x.device)[0].family
     if family is not depthwise.FAMILY:
-        return reference.convolution_backward(grad, x, weight, args, needs)
-    grad, x = ready(grad), ready(x)
-    d_x = depthwise.input_gradient(grad, x.shape, weight, args) if needs[0] else None
-    d_weight = depthwise.weight_gradient(grad, x, weight.shape, args).to(weight.dtype) if needs[1] else None
-    d_bias = reference.convolution_backward(grad, x, weight, args, (False, False, True))[2] if needs[2] else None
-    return d_x, d_weight, d_bias
+        return reference.convolution_backward(grad, y, None, "none", weight, args, needs, residual)
+    grad, d_y, d_weight, d_bias = ready(grad), None, None, None
+    if needs[0]:
+        d_y = depthwise.input_gradient(grad, x.shape, weight, args)
+        d_y = d_y if residual is None else add_act(d_y, residual, "none")
+    if needs[1]:
+        d_weight = depthwise.weight_gradient(grad, y, weight.shape, args).to(weight.dtype)
+    if needs[2]:
+        of_bias = (False, False, True)
+        d_bias = reference.convolution_backward(grad, y, None, "none", weight, args, of_bias, None)[2]
+    return d_y, d_weight, d_bias

@@ -1,14 +1,13 @@
-"""Batch norm, residual addition and pooling by the kernels of csrc/cuda, forward and backward.
+"""Batch norm, residual and activation in training by the kernels of csrc/cuda, forward and backward.
 
 Statistics and gradient sums have two stages: a tile of rows (pixels) leaves its partial result, and a second kernel
 merges the tiles in fp64 and in a fixed order. A convolution that leaves such partials of its output is finished by
-`finish_bn_act`.
+`merged_moments`.
 """
 
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import reference
 from fused_resnet.backends.cpu import ACT_CODES
 from fused_resnet.backends.cuda.family import MULTIPROCESSORS
 from fused_resnet.backends.layout import empty, ready, vector
@@ -48,7 +47,8 @@ def tile_rows(x: Tensor) -> int:
     return max(_AT_ONCE * lines, -(-rows // lines) * lines)
 
 
-def _partials(x: Tensor, rows: int, sums: int) -> Tensor:
+def partials(x: Tensor, rows: int, sums: int) -> Tensor:
+    """Memory for the sums of the tiles of so many rows."""
     return torch.empty(-(-_rows(x) // rows), sums, x.shape[1], dtype=torch.float32, device=x.device)
 
 
@@ -74,142 +74,89 @@ def scale_act(x, scale, shift, residual, act):
     return out
 
 
-def moments(x: Tensor) -> tuple[Tensor, int]:
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def moments(x):
+    """Mean and biased variance of the channels."""
+    x = ready(x)
+    return merged_moments(x, *partial_moments(x))
+
+
+def partial_moments(x: Tensor) -> tuple[Tensor, int]:
     """Of x, which is `ready`: partials [tiles, 3, C], the mean in two parts and the variance; and a tile's rows."""
     rows = tile_rows(x)
-    partials = _partials(x, rows, 3)
-    _ops.cuda_bn_stats(x, rows, partials)
-    return partials, rows
+    found = partials(x, rows, 3)
+    _ops.cuda_bn_stats(x, rows, found)
+    return found, rows
 
 
-def merged_statistics(x: Tensor, partials: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the channels of x, from its `moments`."""
+def merged_moments(x: Tensor, found: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The moments of x from what tiles of so many rows have left."""
     mean, var = _vectors(2, x)
-    _ops.cuda_bn_finalize(partials, _rows(x), rows, mean, var)
+    _ops.cuda_bn_finalize(found, _rows(x), rows, mean, var)
     return mean, var
 
 
-def normalise_act(x, mean, var, weight, bias, residual, eps, act, mask=None):
-    """act((x - mean) / sqrt(var + eps) * weight + bias + residual); fills `mask` where one is given."""
-    y = empty(x.shape, x)
-    _ops.cuda_bn_apply(
-        x, mean, var, vector(weight), vector(bias), ready(residual), eps, ACT_CODES[act], y, mask
-    )  # fmt: skip
-    return y
+# --- batch norm, residual and activation ------------------------------------------------------------------------------
+
+CLAMPS = ("relu", "relu6")
 
 
-def gradient_mask(x: Tensor) -> Tensor:
-    """Memory for a bit an element, which tells where the gradient passes a ReLU: a byte for every access."""
+def norm_arguments(norm) -> tuple:
+    """What a kernel takes of a norm, or of none."""
+    if norm is None:
+        return None, None, None, None, 0.0
+    return *(vector(t) for t in (norm.mean, norm.var, norm.weight, norm.bias)), norm.eps
+
+
+def _source(x, norm, residual, residual_norm, act) -> tuple:
+    """What all passes read, in the order of their arguments."""
+    return ready(x), *norm_arguments(norm), ready(residual), *norm_arguments(residual_norm), ACT_CODES[act]
+
+
+def _mask(x: Tensor) -> Tensor:
+    """Memory for a bit an element, which tells where the gradient passes a clamp: a byte for every access."""
     return torch.empty(x.numel() // _width(x), dtype=torch.uint8, device=x.device)
 
 
-def bn_act(x, weight, bias, residual, eps, act):
-    x = ready(x)
-    return finish_bn_act(x, *moments(x), weight, bias, residual, eps, act)
+def norm_act(x, norm, residual, residual_norm, act):
+    """act(norm(x) + residual), or of residual_norm(residual); and a mask where the slope would take a residual to tell.
 
-
-def finish_bn_act(z, partials, rows, weight, bias, residual, eps, act):
-    """`bn_act` of z, of which a convolution has left the partials of tiles of so many rows."""
-    mean, var = merged_statistics(z, partials, rows)
-    return normalise_act(z, mean, var, weight, bias, residual, eps, act), mean, var
-
-
-def bn_act_backward(grad, x, y, weight, bias, residual, mean, var, eps, act, needs, mask=None):
-    grad, x, y, residual = (ready(t) for t in (grad, x, y, residual))
-    weight, bias, mean, var = (vector(t) for t in (weight, bias, mean, var))
-    nothing = x.new_empty(0)
-    d_x, d_residual = (empty(x.shape, x) if needs[i] else None for i in (0, 3))
-    rows = tile_rows(x)
-    partials = _partials(x, rows, 2)
-    source, code = (y, mask, residual, weight, bias, mean, var), ACT_CODES[act]
-    _ops.cuda_bn_reduce(grad, x, *source, eps, code, rows, partials, d_residual)
-    d_weight, d_bias, mean_g, slope = _merged_gradients(x, partials, var, eps)
-    if d_x is not None:
-        if d_residual is not None:  # the gradient behind the activation is there
-            grad, code = d_residual, ACT_CODES["none"]
-            source = (None, None, None, weight, bias, mean, var)
-        _ops.cuda_bn_input_grad(grad, x, *source, mean_g, slope, eps, code, d_x)
-    return nothing if d_x is None else d_x, d_weight, d_bias, nothing if d_residual is None else d_residual
-
-
-def _merged_gradients(x, partials, var, eps):
-    """Gradients of weight and bias, and the two vectors that the gradient of x needs."""
-    vectors = _vectors(4, x)
-    _ops.cuda_bn_reduce_finalize(partials, _rows(x), var, eps, *vectors)
-    return vectors
-
-
-# --- pooling ----------------------------------------------------------------------------------------------------------
-
-MOST_TAPS = 25  # of a window, as in csrc/cuda/max_pool.h
-
-
-def max_pool2d(x, kernel, stride, padding, size):
-    if kernel[0] * kernel[1] > MOST_TAPS:
-        return reference.max_pool2d(x, kernel, stride, padding, size)
-    x = ready(x)
-    out = empty((*x.shape[:2], *size), x)
-    _ops.cuda_max_pool(x, (*kernel, *stride, *padding), out, None)
-    return out
-
-
-def _pooled(x, size) -> tuple[Tensor, Tensor]:
-    """The output of a pooling of x, and the number in its window, r * S + s, of the tap that each was taken from."""
-    out = empty((*x.shape[:2], *size), x)
-    return out, torch.empty_like(out, dtype=torch.uint8)
-
-
-def max_pool2d_argmax(x, kernel, stride, padding, size):
-    """The output and the taps that it was taken from; windows have up to MOST_TAPS."""
-    x = ready(x)
-    out, argmax = _pooled(x, size)
-    _ops.cuda_max_pool(x, (*kernel, *stride, *padding), out, argmax)
-    return out, argmax
-
-
-def max_pool2d_backward(grad, argmax, kernel, stride, padding, size):
-    """The gradient of x [N, C, *size]."""
-    grad = ready(grad)
-    d_x = empty((*grad.shape[:2], *size), grad)
-    _ops.cuda_max_pool_bwd(grad, argmax, (*kernel, *stride, *padding), d_x)
-    return d_x
-
-
-FUSED_POOL_ACTS = ("none", "relu", "relu6")
-
-
-def bn_act_max_pool2d(x, weight, bias, eps, act, kernel, stride, padding, size):
-    """max_pool2d(bn_act(x)) of one of FUSED_POOL_ACTS: the output, the taps, mean and variance.
-
-    The output of bn_act is rounded as it would be in memory, which it never is in.
+    Without one it is computed again from x, which the backward reads in any case.
     """
-    x = ready(x)
-    return finish_bn_act_max_pool2d(x, *moments(x), weight, bias, eps, act, kernel, stride, padding, size)
+    y = empty(x.shape, x)
+    mask = _mask(x) if residual is not None and act in CLAMPS else None
+    _ops.cuda_bn_apply(*_source(x, norm, residual, residual_norm, act), y, mask)
+    return y, mask
 
 
-def finish_bn_act_max_pool2d(z, partials, rows, weight, bias, eps, act, kernel, stride, padding, size):
-    """The same of z, of which a convolution has left the partials of tiles of so many rows."""
-    mean, var = merged_statistics(z, partials, rows)
-    out, argmax = _pooled(z, size)
-    geometry = (*kernel, *stride, *padding)
-    weight, bias = vector(weight), vector(bias)
-    _ops.cuda_bn_max_pool(z, mean, var, weight, bias, eps, ACT_CODES[act], geometry, out, argmax)
-    return out, argmax, mean, var
-
-
-def bn_act_max_pool2d_backward(
-    grad, argmax, x, weight, bias, mean, var, eps, act, kernel, stride, padding, *, needs_x=True
-):
-    """The gradients of x (None where it is not needed), weight and bias, from that of the pooled output."""
-    grad, x = ready(grad), ready(x)
-    weight, bias, mean, var = (vector(t) for t in (weight, bias, mean, var))
-    pooling, code = (grad, argmax, (*kernel, *stride, *padding)), ACT_CODES[act]
+def norm_act_reduce(grad, x, norm, residual, residual_norm, act, y, mask, write):
+    g = empty(x.shape, x) if write else None
     rows = tile_rows(x)
-    partials = _partials(x, rows, 2)
-    _ops.cuda_bn_max_pool_reduce(*pooling, x, weight, bias, mean, var, eps, code, rows, partials)
-    d_weight, d_bias, mean_g, slope = _merged_gradients(x, partials, var, eps)
-    if not needs_x:
-        return None, d_weight, d_bias
+    sums = partials(x, rows, 2 if residual_norm is None else 3)
+    source = _source(x, norm, residual, residual_norm, act)
+    _ops.cuda_bn_reduce(ready(grad), *source, ready(y), mask, rows, sums, g)
+    return g, *merged_gradients(x, sums, norm, residual_norm)
+
+
+def merged_gradients(x, sums, norm, residual_norm) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the norm's weight and bias and of the residual's weight, from the sums of the tiles."""
+    d_weight, d_bias = _vectors(2, x)
+    d_residual_weight = None if residual_norm is None else _vectors(1, x)[0]
+    _, var, _, _, eps = norm_arguments(norm)
+    _, residual_var, _, _, residual_eps = norm_arguments(residual_norm)
+    _ops.cuda_bn_reduce_finalize(sums, var, eps, residual_var, residual_eps, d_weight, d_bias, d_residual_weight)
+    return d_weight, d_bias, d_residual_weight
+
+
+def norm_act_input_grad(
+    grad, x, norm, residual, residual_norm, act, y, mask, d_weight, d_bias, d_residual_weight, count
+):
     d_x = empty(x.shape, x)
-    _ops.cuda_bn_max_pool_input_grad(*pooling, x, weight, bias, mean, var, mean_g, slope, eps, code, d_x)
-    return d_x, d_weight, d_bias
+    d_residual = None if residual_norm is None else empty(x.shape, x)
+    gradients = (vector(t) for t in (d_weight, d_bias, d_residual_weight))
+    _ops.cuda_bn_input_grad(
+        ready(grad), *_source(x, norm, residual, residual_norm, act), ready(y), mask, *gradients, count, d_x, d_residual
+    )
+    return d_x, d_residual
