@@ -6,6 +6,7 @@ them. Triton itself is imported with the first kernel.
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import os
 import sys
@@ -24,7 +25,24 @@ from fused_resnet.backends.reference import channels_last
 from fused_resnet.backends.tunable import capability as capability
 
 NAME = "triton"
-OPS = ("conv_scale_act", POOLED, "scale_act", "add_act", "add_act_backward", "max_pool2d")
+
+# Operators with one way to run them; the last two are the names of norms and of convolutions in training. Then those
+# with families of kernels.
+OPERATORS = ("add_act_backward", "max_pool2d", "bn_act", "conv_bn_act")
+OPS = ("conv_scale_act", POOLED, "scale_act", "add_act", *OPERATORS)
+
+# The functions of training.py, which imports Triton.
+TRAINING = (
+    "moments",
+    "conv_moments",
+    "norm_act",
+    "norm_act_reduce",
+    "norm_act_input_grad",
+    "convolution_backward",
+    "norm_act_max_pool2d",
+    "norm_act_max_pool2d_reduce",
+    "norm_act_max_pool2d_input_grad",
+)
 
 MOST_POOLED = 25
 
@@ -55,7 +73,7 @@ def unavailable() -> str:
 def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> str:
     if x.device.type != device_type():
         return f"x is on {x.device}" + ("; with TRITON_INTERPRET=1 it takes the CPU's" if interpreted() else "")
-    reason = tunable.unfit(x) or ("" if op in OPS else "it has no kernels for training")
+    reason = tunable.unfit(x) or ("" if op in OPS else "it has no kernel for that")
     if reason or op != POOLED:
         return reason
     problem = Problem.of(op, x, weight, args, None, "none")
@@ -66,7 +84,9 @@ def unsupported(op: str, x: Tensor, weight: Tensor | None = None, args=None) -> 
 
 
 def candidates(problem: Problem, device: torch.device) -> list[Kernel]:
-    """Every kernel that can run the problem, the likeliest first."""
+    """Every kernel that can run the problem, the likeliest first; [""] for an operator that has but one."""
+    if problem.op in OPERATORS:
+        return [""]
     return _registry().candidates(problem, capability(device))
 
 
@@ -118,6 +138,12 @@ def run_launches(launches, device: torch.device) -> None:
         for each in launches:
             each.run()
     return None
+
+
+def __getattr__(name: str):
+    if name not in TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.training"), name)
 
 
 def conv_scale_act(x, weight, scale, shift, residual, args, act):

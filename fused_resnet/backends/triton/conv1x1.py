@@ -4,8 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_resnet.backends.triton.batch_norm import NO_NORM, norm_on_load
 from fused_resnet.backends.triton.epilogue import activate, dot, rounded
 from fused_resnet.backends.triton.launch import Config, Family, Launch, cdiv, no_tma, pixels, precision, rows
+from fused_resnet.backends.triton.statistics import NO_PARTIALS, store_tile_moments
 
 NAME = "conv1x1"
 BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
@@ -24,14 +26,16 @@ CONFIGS = (
 
 @triton.jit(do_not_specialize=["M"])
 def conv1x1_fwd_kernel(
-    x_desc, w_desc, y_desc, residual_ptr, scale_ptr, shift_ptr, M,
+    x_desc, w_desc, y_desc, residual_ptr, scale_ptr, shift_ptr, partials_ptr, counts_ptr,
+    x_mean_ptr, x_scale_ptr, x_shift_ptr, M,
     C: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, X_ACT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y[m, k] = act(sum_c x[m, c] w[k, c] * scale[k] + shift[k] + residual[m, k]); m runs over N * H * W.
 
     One [BLOCK_M, BLOCK_N] tile a program, neighbours share x; fp32 accumulation. The residual is asked for before the
-    loop, so that it comes while the products are made.
+    loop, so that it comes while the products are made. In training x may be normalised on load, and the tile's moments
+    go to the partials.
     """
     tiles_n = tl.cdiv(K, BLOCK_N)
     pid = tl.program_id(0)
@@ -45,6 +49,8 @@ def conv1x1_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c in range(0, C, BLOCK_K):
         x = x_desc.load([m, c])  # [BLOCK_M, BLOCK_K]
+        if x_mean_ptr is not None:
+            x = norm_on_load(x, x_mean_ptr, x_scale_ptr, x_shift_ptr, c + tl.arange(0, BLOCK_K), C, X_ACT)
         w = w_desc.load([n, c])  # [BLOCK_N, BLOCK_K]
         acc = dot(x, w.T, acc, PRECISION)
     scale = tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)
@@ -52,7 +58,14 @@ def conv1x1_fwd_kernel(
     y = acc * scale[None, :] + shift[None, :]
     if HAS_RESIDUAL:
         y += residual.to(tl.float32)
-    y_desc.store([m, n], rounded(activate(y, ACT), y_desc.dtype))
+    y = rounded(activate(y, ACT), y_desc.dtype)
+    y_desc.store([m, n], y)
+    if partials_ptr is not None:
+        inside = m + tl.arange(0, BLOCK_M) < M
+        count = tl.minimum(M - m, BLOCK_M).to(tl.float32)
+        store_tile_moments(
+            y.to(tl.float32), inside, count, partials_ptr, counts_ptr, pid // tiles_n, offs_n, K, offs_n < K, 0
+        )  # fmt: skip
 
 
 def unsupported(problem, capability) -> str:
@@ -75,20 +88,26 @@ def pack(weight, problem, config) -> torch.Tensor:
     return weight.detach().to(problem.dtype).reshape(problem.weight[0], problem.weight[1]).contiguous()
 
 
-def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[Launch, ...]:
+def launches(
+    problem, config, x, weights, scale, shift, residual, out, partials=NO_PARTIALS, on_load=NO_NORM
+) -> tuple[Launch, ...]:
     block_m, block_n, block_k = config.blocks
     block_k = block_k * 2 // problem.dtype.itemsize
     m, k = pixels(problem.x), problem.weight[0]
     args = (
         rows(x, block_m, block_k), rows(weights, block_n, block_k), rows(out, block_m, block_n),
-        out if residual is None else residual, scale, shift, m,
+        out if residual is None else residual, scale, shift, *partials, *on_load[:3], m,
     )  # fmt: skip
     constants = {
         "C": problem.x[1], "K": k, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
-        "HAS_RESIDUAL": residual is not None, "ACT": problem.act, "PRECISION": precision(problem),
+        "HAS_RESIDUAL": residual is not None, "X_ACT": on_load[3], "ACT": problem.act, "PRECISION": precision(problem),
     }  # fmt: skip
     grid = cdiv(m, block_m) * cdiv(k, block_n)
     return (Launch(conv1x1_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages),)
 
 
-FAMILY = Family(NAME, unsupported, configs, pack, launches)
+def tiles(problem, config) -> int:
+    return cdiv(pixels(problem.x), config.blocks[0])
+
+
+FAMILY = Family(NAME, unsupported, configs, pack, launches, tiles=tiles, normalises=lambda problem: True)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fused_resnet.backends.triton.epilogue import activate, pixel_numbers, rounded
+from fused_resnet.backends.triton.epilogue import act_gradient, activate, pixel_numbers, rounded
 from fused_resnet.backends.triton.launch import Config, Family, Launch, cdiv, is_wide, pixels, power_of_two
 
 # Elements a program of the flat kernels takes: 8 to each of 128 threads, twice.
@@ -44,28 +44,16 @@ def add_act_fwd_kernel(x_ptr, residual_ptr, y_ptr, COUNT, BLOCK: tl.constexpr, A
 
 @triton.jit
 def add_act_bwd_kernel(grad_ptr, y_ptr, x_ptr, residual_ptr, d_ptr, COUNT, BLOCK: tl.constexpr, ACT: tl.constexpr):
-    """d = grad * act'(x + residual), in fp32; of piecewise linear activations by y = act(x + residual).
-
-    NaN lets the gradient pass, as in aten.
-    """
+    """d = grad * act'(x + residual), in fp32; of piecewise linear activations by y = act(x + residual)."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < COUNT
     grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if ACT == "relu" or ACT == "relu6":
-        y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        closed = y <= 0.0
-        if ACT == "relu6":
-            closed = closed | (y >= 6.0)
-        d = tl.where(closed, 0.0, grad)
+        at = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     else:
-        pre = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        pre += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        if ACT == "silu":
-            gate = 1.0 / (1.0 + tl.exp(-pre))
-            d = grad * gate * (1.0 + pre * (1.0 - gate))
-        else:
-            d = grad * tl.where(pre <= -3.0, 0.0, tl.where(pre >= 3.0, 1.0, pre / 3.0 + 0.5))
-    tl.store(d_ptr + offs, rounded(d, d_ptr.dtype.element_ty), mask=mask)
+        at = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        at += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(d_ptr + offs, rounded(act_gradient(grad, at, ACT), d_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])

@@ -46,6 +46,25 @@ def activate(y, ACT: tl.constexpr):
 
 
 @triton.jit
+def act_gradient(grad, at, ACT: tl.constexpr):
+    """grad * act'(pre-activation), in fp32; NaN lets the gradient pass, as in aten.
+
+    `at` is the output of ReLU and ReLU6, which are told from it, and the pre-activation of the others.
+    """
+    if ACT == "relu" or ACT == "relu6":
+        closed = at <= 0.0
+        if ACT == "relu6":
+            closed = closed | (at >= 6.0)
+        grad = tl.where(closed, 0.0, grad)
+    elif ACT == "hardswish":
+        grad = grad * tl.where(at <= -3.0, 0.0, tl.where(at >= 3.0, 1.0, at / 3.0 + 0.5))
+    elif ACT == "silu":
+        gate = 1.0 / (1.0 + tl.exp(-at))
+        grad = grad * gate * (1.0 + at * (1.0 - gate))
+    return grad
+
+
+@triton.jit
 def pixel_numbers(tile, WIDE: tl.constexpr, BLOCK_M: tl.constexpr):
     """The numbers of a tile's pixels, [BLOCK_M]: in 64 bits, which divide slowly, only where they leave 32."""
     if WIDE:

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_resnet.backends.triton.batch_norm import NO_NORM, norm_on_load
 from fused_resnet.backends.triton.epilogue import activate, dot, pixel_numbers, rounded
 from fused_resnet.backends.triton.launch import (
     Config,
@@ -18,6 +19,7 @@ from fused_resnet.backends.triton.launch import (
     precision,
     tensor_cores,
 )
+from fused_resnet.backends.triton.statistics import NO_PARTIALS, store_tile_moments
 
 NAME = "general"
 BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
@@ -44,18 +46,20 @@ PLAIN_CONFIGS = (
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])
 def general_fwd_kernel(
-    x_ptr, w_ptr, residual_ptr, y_ptr, scale_ptr, shift_ptr, M, H, W, P, Q, C, K, tiles_n,
+    x_ptr, w_ptr, residual_ptr, y_ptr, scale_ptr, shift_ptr, partials_ptr, counts_ptr,
+    x_mean_ptr, x_scale_ptr, x_shift_ptr, M, H, W, P, Q, C, K, tiles_n,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_C: tl.constexpr, GROUP_K: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, X_ACT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y[m, k] = act(sum_rsc x[i, p*STRIDE_H+r*DIL_H-PAD_H, q*STRIDE_W+s*DIL_W-PAD_W, c] w[k, r, s, c] * scale[k]
     + shift[k] + residual[m, k]), m = (i, p, q), c over the channels of k's group.
 
     One [BLOCK_M, BLOCK_N] tile of one group a program; fp32 accumulation. A step is BLOCK_K channels of one tap, or
-    with FLAT, for few channels, BLOCK_K of all taps' channels.
+    with FLAT, for few channels, BLOCK_K of all taps' channels. In training x may be normalised on load, of one tap
+    without padding, and the tile's moments go to the partials.
     """
     CHANNEL_STEPS: tl.constexpr = (GROUP_C + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = (R * S * GROUP_C + BLOCK_K - 1) // BLOCK_K if FLAT else R * S * CHANNEL_STEPS
@@ -93,6 +97,8 @@ def general_fwd_kernel(
             w_offs = tap * GROUP_C + c
         x_mask = (m < M)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W) & inside
         x = tl.load(x_ptr + x_base[:, None] + x_offs[None, :], mask=x_mask, other=0.0)
+        if x_mean_ptr is not None:
+            x = norm_on_load(x, x_mean_ptr, x_scale_ptr, x_shift_ptr, step * BLOCK_K + offs, C, X_ACT)
         weight = tl.load(w_ptr + w_base[:, None] + w_offs[None, :], mask=(n < GROUP_K)[:, None] & w_mask, other=0.0)
         acc = dot(x, weight.T, acc, PRECISION)
     scale = tl.load(scale_ptr + k, mask=n < GROUP_K, other=0.0)
@@ -102,7 +108,12 @@ def general_fwd_kernel(
     y_mask = (m < M)[:, None] & (n < GROUP_K)[None, :]
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + y_offs, mask=y_mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + y_offs, rounded(activate(y, ACT), y_ptr.dtype.element_ty), mask=y_mask)
+    y = rounded(activate(y, ACT), y_ptr.dtype.element_ty)
+    tl.store(y_ptr + y_offs, y, mask=y_mask)
+    if partials_ptr is not None:
+        tile = pid // (tiles_n * GROUPS)
+        count = tl.minimum(M - tile.to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)
+        store_tile_moments(y.to(tl.float32), m < M, count, partials_ptr, counts_ptr, tile, k, K, n < GROUP_K, 0)
 
 
 def unsupported(problem, capability) -> str:
@@ -148,22 +159,51 @@ def pack(weight, problem, config) -> torch.Tensor:
     return weight.detach().to(problem.dtype).permute(0, 2, 3, 1).contiguous()
 
 
-def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[Launch, ...]:
+def launches(
+    problem, config, x, weights, scale, shift, residual, out, partials=NO_PARTIALS, on_load=NO_NORM
+) -> tuple[Launch, ...]:
     block_m, block_n, block_k = config.blocks
     (_, c, h, w), (k, group_c, r, s), (p, q) = problem.x, problem.weight, problem.size
     m, group_k = pixels(problem.output), k // problem.groups
     tiles_n = cdiv(group_k, block_n)
-    args = (x, weights, out if residual is None else residual, out, scale, shift, m, h, w, p, q, c, k, tiles_n)
+    training = (*partials, *on_load[:3])
+    args = (
+        x,
+        weights,
+        out if residual is None else residual,
+        out,
+        scale,
+        shift,
+        *training,
+        m,
+        h,
+        w,
+        p,
+        q,
+        c,
+        k,
+        tiles_n,
+    )
     constants = {
         "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
         "PAD_H": problem.padding[0], "PAD_W": problem.padding[1],
         "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1], "R": r, "S": s,
         "GROUPS": problem.groups, "GROUP_C": group_c, "GROUP_K": group_k, "FLAT": _flat(problem),
         "WIDE": is_wide(max(m, pixels(problem.x))), "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
-        "HAS_RESIDUAL": residual is not None, "ACT": problem.act, "PRECISION": precision(problem),
+        "HAS_RESIDUAL": residual is not None, "X_ACT": on_load[3], "ACT": problem.act, "PRECISION": precision(problem),
     }  # fmt: skip
     grid = cdiv(m, block_m) * problem.groups * tiles_n
     return (Launch(general_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages),)
 
 
-FAMILY = Family(NAME, unsupported, configs, pack, launches)
+def tiles(problem, config) -> int:
+    return cdiv(pixels(problem.output), config.blocks[0])
+
+
+def normalises(problem) -> bool:
+    """Each pixel is read once, and none of the padding, which is zero behind the activation."""
+    plain = problem.stride == (1, 1) and problem.padding == (0, 0) and problem.groups == 1
+    return plain and problem.weight[2:] == (1, 1)
+
+
+FAMILY = Family(NAME, unsupported, configs, pack, launches, tiles=tiles, normalises=normalises)

@@ -14,7 +14,17 @@ import triton.language as tl
 
 from fused_resnet.backends.triton.epilogue import dot
 from fused_resnet.backends.triton.launch import Config, Family, Launch, cdiv, nhwc, no_tma, pixels, precision, rows
-from fused_resnet.backends.triton.tiles import count_tiles, finish, image, load_tap, place, tile_shape, window
+from fused_resnet.backends.triton.statistics import NO_PARTIALS
+from fused_resnet.backends.triton.tiles import (
+    count_tiles,
+    finish,
+    image,
+    load_tap,
+    moment_tiles,
+    place,
+    tile_shape,
+    window,
+)
 
 NAME = "grouped"
 # Pixels and output channels of a tile, the most input channels of a step.
@@ -31,7 +41,7 @@ CONFIGS = (
 
 @triton.jit(do_not_specialize=["tiles_p", "tiles_q"])
 def grouped_fwd_kernel(
-    x_desc, w_desc, residual_desc, y_desc, scale_ptr, shift_ptr, K, tiles_p, tiles_q,
+    x_desc, w_desc, residual_desc, y_desc, scale_ptr, shift_ptr, partials_ptr, counts_ptr, K, tiles_p, tiles_q,
     C: tl.constexpr, GROUP_C: tl.constexpr, GROUP_K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -74,7 +84,7 @@ def grouped_fwd_kernel(
                     own = dot(w_desc.load([n, step * BLOCK_K]), x.T, own, PRECISION)
                 acc = tl.where((group_n == group)[:, None], own, acc)
     finish(
-        acc, residual_desc, y_desc, scale_ptr, shift_ptr, i, p, q, n, K,
+        acc, residual_desc, y_desc, scale_ptr, shift_ptr, partials_ptr, counts_ptr, tile, i, p, q, n, K,
         BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N, HAS_RESIDUAL, ACT,
     )  # fmt: skip
 
@@ -121,7 +131,7 @@ def pack(weight, problem, config) -> torch.Tensor:
     return packed.reshape(k, -1)
 
 
-def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[Launch, ...]:
+def launches(problem, config, x, weights, scale, shift, residual, out, partials=NO_PARTIALS) -> tuple[Launch, ...]:
     block_m = config.blocks[0]
     step, (n, c), k, (p, q) = block_k(problem, config), problem.x[:2], problem.weight[0], problem.size
     tile = tile_shape(n, p, q, block_m)
@@ -129,7 +139,7 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     y_desc = nhwc(out, *tile, BLOCK_N)
     residual_desc = y_desc if residual is None else nhwc(residual, *tile, BLOCK_N)
     args = (
-        image(problem, x, tile, step), rows(weights, BLOCK_N, step), residual_desc, y_desc, scale, shift, k,
+        image(problem, x, tile, step), rows(weights, BLOCK_N, step), residual_desc, y_desc, scale, shift, *partials, k,
         tiles[1], tiles[2],
     )  # fmt: skip
     constants = {
@@ -141,4 +151,4 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     return (Launch(grouped_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages),)
 
 
-FAMILY = Family(NAME, unsupported, configs, pack, launches, packed_by=lambda config: config.blocks[2])
+FAMILY = Family(NAME, unsupported, configs, pack, launches, lambda config: config.blocks[2], moment_tiles)

@@ -27,7 +27,17 @@ from fused_resnet.backends.triton.launch import (
     takes_large_tiles,
 )
 from fused_resnet.backends.triton.split_k import reduce_launch
-from fused_resnet.backends.triton.tiles import count_tiles, finish, image, load_tap, place, tile_shape, window
+from fused_resnet.backends.triton.statistics import NO_PARTIALS
+from fused_resnet.backends.triton.tiles import (
+    count_tiles,
+    finish,
+    image,
+    load_tap,
+    moment_tiles,
+    place,
+    tile_shape,
+    window,
+)
 
 NAME = "implicit_gemm"
 # Pixels and output channels of a tile, input channels of a step, parts of the sum. How the pixels lie is
@@ -55,7 +65,7 @@ PROGRAMS = 132  # that run at once: the SMs of an H200
 
 @triton.jit(do_not_specialize=["tiles_p", "tiles_q"])
 def implicit_gemm_fwd_kernel(
-    x_desc, w_desc, residual_desc, y_desc, scale_ptr, shift_ptr, K, tiles_p, tiles_q,
+    x_desc, w_desc, residual_desc, y_desc, scale_ptr, shift_ptr, partials_ptr, counts_ptr, K, tiles_p, tiles_q,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -65,7 +75,8 @@ def implicit_gemm_fwd_kernel(
     + shift[k] + residual[i, p, q, k]).
 
     One tile of BLOCK_I images, BLOCK_P rows and BLOCK_Q columns by BLOCK_N channels a program; fp32 accumulation.
-    With SPLITS > 1 a program takes one part of the sum, and y is [SPLITS, N, P, Q, K] of bare parts in fp32.
+    With SPLITS > 1 a program takes one part of the sum, and y is [SPLITS, N, P, Q, K] of bare parts in fp32, which have
+    no moments.
     """
     BLOCK_M: tl.constexpr = BLOCK_I * BLOCK_P * BLOCK_Q
     CHANNEL_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
@@ -89,7 +100,7 @@ def implicit_gemm_fwd_kernel(
         y_desc.store([split, i, p, q, n], parts)
     else:
         finish(
-            acc, residual_desc, y_desc, scale_ptr, shift_ptr, i, p, q, n, K,
+            acc, residual_desc, y_desc, scale_ptr, shift_ptr, partials_ptr, counts_ptr, tile, i, p, q, n, K,
             BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N, HAS_RESIDUAL, ACT,
         )  # fmt: skip
 
@@ -161,7 +172,7 @@ def pack(weight, problem, config) -> torch.Tensor:
     return packed.reshape(k, -1)
 
 
-def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[Launch, ...]:
+def launches(problem, config, x, weights, scale, shift, residual, out, partials=NO_PARTIALS) -> tuple[Launch, ...]:
     block_m, block_n, _, splits = config.blocks
     step, (n, c), k, (p, q) = block_k(problem, config), problem.x[:2], problem.weight[0], problem.size
     tile = tile_shape(n, p, q, block_m)
@@ -175,7 +186,7 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
         y_desc = nhwc(out, *tile, block_n)
     residual_desc = y_desc if residual is None or splits > 1 else nhwc(residual, *tile, block_n)
     x_desc = image(problem, x, tile, step)
-    args = (x_desc, rows(weights, block_n, step), residual_desc, y_desc, scale, shift, k, tiles[1], tiles[2])
+    args = (x_desc, rows(weights, block_n, step), residual_desc, y_desc, scale, shift, *partials, k, tiles[1], tiles[2])
     constants = {
         "C": c, **window(problem),
         "BLOCK_I": tile[0], "BLOCK_P": tile[1], "BLOCK_Q": tile[2], "BLOCK_N": block_n, "BLOCK_K": step,
@@ -186,4 +197,8 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     return (first, reduce_launch(parts, problem, scale, shift, residual, out)) if splits > 1 else (first,)
 
 
-FAMILY = Family(NAME, unsupported, configs, pack, launches, packed_by=lambda config: config.blocks[2])
+def _tiles(problem, config) -> int:
+    return 0 if config.blocks[3] > 1 else moment_tiles(problem, config)
+
+
+FAMILY = Family(NAME, unsupported, configs, pack, launches, lambda config: config.blocks[2], _tiles)

@@ -35,7 +35,11 @@ class Family(NamedTuple):
     configs(problem, capability): the configurations that fit, the likeliest first.
     pack(weight, problem, config): the weight as the kernel reads it; equal for equal `packed_by(config)`.
     launches(problem, config, x, weights, scale, shift, residual, out): the launches, in order, of channels_last
-        tensors that are not empty; `out` may be the residual.
+        tensors that are not empty; `out` may be the residual. In training also with `partials` and `on_load`, below.
+    tiles(problem, config): how many tiles of pixels leave the moments of what they store in `partials` (statistics.py);
+        0: none do.
+    normalises(problem): whether it takes `on_load`, by which the convolution reads act((x - mean) * scale + shift):
+        three vectors, and the name of the activation.
     """
 
     name: str
@@ -44,6 +48,8 @@ class Family(NamedTuple):
     pack: Callable
     launches: Callable
     packed_by: Callable = lambda config: ()
+    tiles: Callable = lambda problem, config: 0
+    normalises: Callable = lambda problem: False
 
 
 def no_tma(problem, capability: tuple[int, int]) -> str:

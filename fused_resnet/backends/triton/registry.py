@@ -1,6 +1,9 @@
 """The families of kernels, and which of them runs a problem in which configuration: a pure function of the problem."""
 
-from fused_resnet.backends.config import Kernel
+from functools import lru_cache
+
+from fused_resnet.backends.config import Config, Kernel
+from fused_resnet.backends.plan import tf32
 from fused_resnet.backends.problem import POOLED, Problem
 from fused_resnet.backends.triton import (
     conv1x1,
@@ -54,3 +57,19 @@ def heuristic(problem: Problem, capability: tuple[int, int]) -> Kernel:
         if other.blocks[-1] > 1:  # too few tiles for the GPU: only the other family splits its sums
             return Kernel(implicit_gemm.FAMILY, other)
     return first
+
+
+def in_training(problem: Problem, capability: tuple[int, int], normed: bool) -> tuple[Family, Config, bool]:
+    """The family and the configuration of a convolution in training, and whether it applies a norm on load.
+
+    That is the heuristic's choice, or where x is `normed` the first family that applies it, which saves a pass.
+    """
+    return _in_training(problem, capability, normed, tf32())
+
+
+@lru_cache(4096)  # asked at every step
+def _in_training(problem: Problem, capability: tuple[int, int], normed: bool, tf32: bool):
+    for kernels in _by_family(problem, capability) if normed else ():
+        if kernels[0].family.normalises(problem):
+            return *kernels[0], True
+    return *heuristic(problem, capability), False

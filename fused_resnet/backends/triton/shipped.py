@@ -6,10 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_resnet.backends.norm import Norm
 from fused_resnet.backends.problem import POOLED, Problem
-from fused_resnet.backends.triton import elementwise
+from fused_resnet.backends.triton import elementwise, training
 from fused_resnet.backends.triton.launch import Config, Family, Launch
-from fused_resnet.backends.triton.registry import FAMILIES
+from fused_resnet.backends.triton.registry import FAMILIES, in_training
+from fused_resnet.backends.triton.statistics import Partials, merge_launch, moments_launch
 
 # What is multiplied: the dtype, and whether fp32 may be rounded to TF32.
 MODES = {
@@ -117,7 +119,7 @@ def families() -> dict[str, Family]:
 
 def names() -> list[str]:
     """What `only` of `shipped` may be."""
-    return sorted({*families(), "add_act", "max_pool2d"})
+    return sorted({*families(), "add_act", "max_pool2d", "batch_norm"})
 
 
 def shipped(capability: tuple[int, int], only: str = "", quick: bool = False) -> Iterator[Shipped]:
@@ -132,7 +134,8 @@ def shipped(capability: tuple[int, int], only: str = "", quick: bool = False) ->
             for mode in modes.split():
                 yield from _of_family(family, problem, mode, capability, seen)
     for mode in ("bf16", "fp32"):
-        yield from (row for row in _of_no_family(mode, capability) if only in ("", row.family))
+        rows = (*_of_no_family(mode, capability), *_of_training(mode, capability))
+        yield from (row for row in rows if only in ("", row.family))
 
 
 def _of_family(family: Family, problem: Problem, mode: str, capability, seen: set | None) -> list[Shipped]:
@@ -169,13 +172,13 @@ def _new(configs: list[Config], mode: str, seen: set) -> list[Config]:
     return kept
 
 
-def _launches(family: Family, problem: Problem, config: Config) -> tuple[Launch, ...]:
+def _launches(family: Family, problem: Problem, config: Config, **training) -> tuple[Launch, ...]:
     k = problem.output[1]
     x, out = meta(problem.x, problem.dtype), meta(problem.output, problem.dtype)
     weights = family.pack(meta(problem.weight, problem.dtype), problem, config) if problem.weight else None
     vectors = meta((k,), torch.float32), meta((k,), torch.float32)
     residual = meta(problem.output, problem.dtype) if problem.residual else None
-    return family.launches(problem, config, x, weights, *vectors, residual, out)
+    return family.launches(problem, config, x, weights, *vectors, residual, out, **training)
 
 
 def meta(size, dtype: torch.dtype) -> Tensor:
@@ -183,20 +186,73 @@ def meta(size, dtype: torch.dtype) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
 
 
+def _row(family: str, problem: str, mode: str, capability, launch: Launch) -> Shipped:
+    """Of a launch without a configuration's name."""
+    blocks = tuple(value for name, value in launch.constants.items() if name.startswith("BLOCK"))
+    config = Config(family, blocks, launch.num_warps, launch.num_stages)
+    text = f"{problem} {str(MODES[mode][0]).removeprefix('torch.')}"
+    return Shipped(launch.kernel.__name__, family, str(config), mode, text, capability, launch)
+
+
 def _of_no_family(mode: str, capability) -> Iterator[Shipped]:
     dtype = MODES[mode][0]
-
-    def row(family: str, problem: str, launch: Launch) -> Shipped:
-        blocks = tuple(value for name, value in launch.constants.items() if name.startswith("BLOCK"))
-        config = Config(family, blocks, launch.num_warps, launch.num_stages)
-        text = f"{problem} {str(dtype).removeprefix('torch.')}"
-        return Shipped(launch.kernel.__name__, family, str(config), mode, text, capability, launch)
-
     x = meta((256, 256, 56, 56), dtype)
     for act, inputs in (("relu", (None, None)), ("silu", (x, x))):
         launch = elementwise.add_backward_launch(x, x, *inputs, act, x)
-        yield row("add_act", f"add_act gradient 256x256x56x56 {act}", launch)
+        yield _row("add_act", f"add_act gradient 256x256x56x56 {act}", mode, capability, launch)
     for n, c, size in ((256, 64, 112), (1, 3, 224), (1 << 16, 64, 256)):
         tensors = meta((n, c, size, size), dtype), meta((n, c, size // 2, size // 2), dtype)
         launch = elementwise.max_pool2d_launch(tensors[0], (3, 3), (2, 2), (1, 1), tensors[1])
-        yield row("max_pool2d", f"max_pool2d 3x3/2 {n}x{c}x{size}x{size}", launch)
+        yield _row("max_pool2d", f"max_pool2d 3x3/2 {n}x{c}x{size}x{size}", mode, capability, launch)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+# x, what is added to it (nothing, a residual, one with a norm of its own), and the activation.
+NORMS = (
+    ((256, 64, 56, 56), "", "relu"),
+    ((256, 256, 56, 56), "residual", "relu"),
+    ((256, 512, 28, 28), "residual with norm", "relu"),
+    ((256, 24, 56, 56), "residual with norm", "silu"),
+    ((8, 3, 32, 32), "", "hardswish"),
+)
+# And whether a norm is applied on load.
+CONVOLUTIONS = (
+    (conv((256, 64, 56, 56), 256, 1, act="none"), True),
+    (conv((256, 256, 56, 56), 64, 1, act="none"), False),
+    (conv((256, 128, 28, 28), 128, 3, act="none"), False),
+    (conv((256, 3, 224, 224), 64, 7, stride=2, act="none"), False),
+    (conv((256, 128, 56, 56), 128, 3, groups=32, act="none"), False),
+    (conv((8, 17, 32, 32), 31, 1, act="none"), True),
+)
+
+
+def _of_training(mode: str, capability) -> Iterator[Shipped]:
+    dtype, tf32 = MODES[mode]
+    for shape, added, act in NORMS:
+        for launch in _norm_launches(meta(shape, dtype), added, act):
+            yield _row("batch_norm", f"{'x'.join(map(str, shape))} {added} {act}", mode, capability, launch)
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=tf32):
+        for problem, normed in CONVOLUTIONS:
+            problem = problem._replace(dtype=dtype)
+            family, config, on_load = in_training(problem, capability, normed)
+            also = {"partials": Partials.empty(family.tiles(problem, config), problem.weight[0], "meta")}
+            if on_load:
+                also["on_load"] = (*[meta(problem.x[1:2], torch.float32)] * 3, "relu")
+            launch = _launches(family, problem, config, **also)[-1]
+            row = launch.kernel.__name__, family.name, str(config), mode, f"training {problem}", capability, launch
+            yield Shipped(*row)
+
+
+def _norm_launches(x: Tensor, added: str, act: str) -> Iterator[Launch]:
+    vector = meta(x.shape[1:2], torch.float32)
+    norm = Norm(*[vector] * 4, 1e-5)
+    own = norm if added == "residual with norm" else None
+    partials, first = moments_launch(x)
+    yield from (first, merge_launch(partials, x.numel() // x.shape[1], vector, vector))
+    inputs = (x, norm, x if added else None, own, act)
+    yield training.norm_act_launch(*inputs, x)
+    sums = (vector, vector, None if own is None else vector)
+    y = x if added else None
+    yield from training.norm_act_reduce_launches(x, *inputs, y, x, *sums)
+    yield training.norm_act_input_grad_launch(x, *inputs, y, *sums, 1e5, x, None if own is None else x)

@@ -31,7 +31,8 @@ from fused_resnet.backends.triton.launch import (
     takes_large_tiles,
     tensor_cores,
 )
-from fused_resnet.backends.triton.tiles import count_tiles, finish, place, tile_shape
+from fused_resnet.backends.triton.statistics import NO_PARTIALS
+from fused_resnet.backends.triton.tiles import count_tiles, finish, moment_tiles, place, tile_shape
 
 NAME = "stem"
 # Pixels and output channels of a tile; elements from one window of the workspace to the next.
@@ -93,7 +94,7 @@ def stem_pack_kernel(
 
 @triton.jit
 def stem_fwd_kernel(
-    x_desc, w_desc, residual_desc, y_desc, scale_ptr, shift_ptr, K, tiles_p, tiles_q,
+    x_desc, w_desc, residual_desc, y_desc, scale_ptr, shift_ptr, partials_ptr, counts_ptr, K, tiles_p, tiles_q,
     R: tl.constexpr, STEP: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +115,7 @@ def stem_fwd_kernel(
         x = x_desc.load([i, p + r // 2, r % 2, q, 0]).reshape(BLOCK_M, STEP)
         acc = dot(w_desc.load([n, r * STEP]), x.T, acc, PRECISION)
     finish(
-        acc, residual_desc, y_desc, scale_ptr, shift_ptr, i, p, q, n, K,
+        acc, residual_desc, y_desc, scale_ptr, shift_ptr, partials_ptr, counts_ptr, tile, i, p, q, n, K,
         BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N, HAS_RESIDUAL, ACT,
     )  # fmt: skip
 
@@ -167,7 +168,7 @@ def workspace(problem, x: Tensor, windows: int, pitch: int, columns: Columns) ->
     return space, Launch(stem_pack_kernel, grid, args, constants, num_warps=4, num_stages=1)
 
 
-def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[Launch, ...]:
+def launches(problem, config, x, weights, scale, shift, residual, out, partials=NO_PARTIALS) -> tuple[Launch, ...]:
     block_m, block_n, pitch = config.blocks
     n, k, (p, q) = problem.x[0], problem.weight[0], problem.size
     tile = tile_shape(n, p, q, block_m)
@@ -178,7 +179,7 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     y_desc = nhwc(out, *tile, block_n)
     residual_desc = y_desc if residual is None else nhwc(residual, *tile, block_n)
     tiles = count_tiles(problem, tile)
-    args = (x_desc, rows(weights, block_n, STEP), residual_desc, y_desc, scale, shift, k, tiles[1], tiles[2])
+    args = (x_desc, rows(weights, block_n, STEP), residual_desc, y_desc, scale, shift, *partials, k, tiles[1], tiles[2])
     constants = {
         "R": R, "STEP": STEP, "BLOCK_I": tile[0], "BLOCK_P": tile[1], "BLOCK_Q": tile[2], "BLOCK_N": block_n,
         "HAS_RESIDUAL": residual is not None, "ACT": problem.act, "PRECISION": precision(problem),
@@ -187,4 +188,4 @@ def launches(problem, config, x, weights, scale, shift, residual, out) -> tuple[
     return fill, Launch(stem_fwd_kernel, grid, args, constants, config.num_warps, config.num_stages)
 
 
-FAMILY = Family(NAME, unsupported, configs, pack, launches)
+FAMILY = Family(NAME, unsupported, configs, pack, launches, tiles=moment_tiles)

@@ -8,6 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_resnet.backends.triton.epilogue import activate, rounded
 from fused_resnet.backends.triton.launch import cdiv, nhwc
+from fused_resnet.backends.triton.statistics import store_tile_moments
 
 
 @lru_cache(4096)  # asked at every launch
@@ -54,6 +55,12 @@ def count_tiles(problem, tile) -> tuple[int, int, int]:
     return cdiv(n, tile[0]), cdiv(p, tile[1]), cdiv(q, tile[2])
 
 
+def moment_tiles(problem, config) -> int:
+    """How many tiles leave their moments; the first of the configuration's blocks is a tile's pixels."""
+    images, rows, columns = count_tiles(problem, tile_shape(problem.x[0], *problem.size, config.blocks[0]))
+    return images * rows * columns
+
+
 @triton.jit
 def place(tile, tiles_p, tiles_q, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr):
     """The first image, row and column of a tile."""
@@ -83,11 +90,14 @@ def load_tap(
 
 @triton.jit
 def finish(
-    acc, residual_desc, y_desc, scale_ptr, shift_ptr, i, p, q, n, K,
+    acc, residual_desc, y_desc, scale_ptr, shift_ptr, partials_ptr, counts_ptr, tile, i, p, q, n, K,
     BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """Store act(acc * scale + shift + residual) of a tile; acc is [BLOCK_N, BLOCK_I * BLOCK_P * BLOCK_Q]."""
+    """Store act(acc * scale + shift + residual) of a tile; acc is [BLOCK_N, BLOCK_I * BLOCK_P * BLOCK_Q].
+
+    Where there are partials, their row `tile` is the moments of what is stored.
+    """
     BLOCK_M: tl.constexpr = BLOCK_I * BLOCK_P * BLOCK_Q
     offs_n = n + tl.arange(0, BLOCK_N)
     scale = tl.load(scale_ptr + offs_n, mask=offs_n < K, other=0.0)
@@ -97,3 +107,13 @@ def finish(
         y += residual_desc.load([i, p, q, n]).reshape(BLOCK_M, BLOCK_N).T.to(tl.float32)
     y = rounded(activate(y, ACT), y_desc.dtype)
     y_desc.store([i, p, q, n], y.T.reshape(BLOCK_I, BLOCK_P, BLOCK_Q, BLOCK_N))
+    if partials_ptr is not None:
+        images = (y_desc.shape[0] - i).to(tl.int32)
+        rows = (y_desc.shape[1] - p).to(tl.int32)
+        columns = (y_desc.shape[2] - q).to(tl.int32)
+        m = tl.arange(0, BLOCK_M)
+        inside = (m // (BLOCK_P * BLOCK_Q) < images) & (m // BLOCK_Q % BLOCK_P < rows) & (m % BLOCK_Q < columns)
+        count = tl.minimum(images, BLOCK_I) * tl.minimum(rows, BLOCK_P) * tl.minimum(columns, BLOCK_Q)
+        store_tile_moments(
+            y.to(tl.float32), inside, count.to(tl.float32), partials_ptr, counts_ptr, tile, offs_n, K, offs_n < K, 1
+        )  # fmt: skip
