@@ -7,6 +7,7 @@ struct Lanes {
   typedef std::int32_t Int __attribute__((vector_size(4 * kN)));
   typedef std::uint32_t Bits __attribute__((vector_size(4 * kN)));
   typedef std::uint16_t Half __attribute__((vector_size(2 * kN)));
+  typedef std::uint8_t Bytes __attribute__((vector_size(kN)));
 };
 
 template <int kN>
@@ -45,6 +46,19 @@ inline void store(Bf16* p, Vec<kN> v) {
   rounded = v == v ? rounded : Bits{} + 0x7fc0;
   const auto half = __builtin_convertvector(rounded, typename Lanes<kN>::Half);
   std::memcpy(p, &half, sizeof half);
+}
+
+template <int kN>
+inline typename Lanes<kN>::Int load_bytes(const std::uint8_t* p) {
+  typename Lanes<kN>::Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, typename Lanes<kN>::Int);
+}
+
+template <int kN>
+inline void store_bytes(std::uint8_t* p, typename Lanes<kN>::Int v) {
+  const auto bytes = __builtin_convertvector(v, typename Lanes<kN>::Bytes);
+  std::memcpy(p, &bytes, sizeof bytes);
 }
 
 // v as it is read where it was stored as T.
