@@ -15,15 +15,17 @@ void max_pool_grad_rows(const PooledGradient& grad, const Tile& tile, T* out) {
     const std::int64_t left = x < pool.s ? 0 : (x - pool.s) / pool.stride_w + 1;
     const std::int64_t bottom = std::min(y / pool.stride_h + 1, pool.p);
     const std::int64_t right = std::min(x / pool.stride_w + 1, pool.q);
+    const std::int64_t first = ((n * pool.p + top) * pool.q + left) * pool.channels;
+    const std::int64_t first_tap = (y - top * pool.stride_h) * pool.s + x - left * pool.stride_w;
     for_lanes<1>(0, tile, [=]<int, int kN>(std::int64_t, std::int64_t c) {
       Vec<kN> sum{};
-      for (std::int64_t p = top; p < bottom; ++p)
-        for (std::int64_t q = left; q < right; ++q) {
-          const std::int64_t at = ((n * pool.p + p) * pool.q + q) * pool.channels + c;
-          const std::int64_t tap = (y - p * pool.stride_h) * pool.s + x - q * pool.stride_w;
+      for (std::int64_t p = 0; p < bottom - top; ++p) {
+        std::int64_t at = first + p * pool.q * pool.channels + c, tap = first_tap - p * pool.stride_h * pool.s;
+        for (std::int64_t q = left; q < right; ++q, at += pool.channels, tap -= pool.stride_w) {
           const auto taken = load_bytes<kN>(argmax + at) == static_cast<std::int32_t>(tap);
           sum += taken ? load<kN>(dy + at) : Vec<kN>{};
         }
+      }
       store<kN>(out + c, sum);
     });
   }
