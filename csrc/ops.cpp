@@ -77,7 +77,18 @@ STABLE_TORCH_LIBRARY(fused_resnet_C, m) {
   m.def(
       "conv_wgrad(Tensor dy, Tensor x, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps, int act, "
       "int[] geometry, Tensor(a!) dweight) -> ()");
-  m.def("max_pool(Tensor x, int[] geometry, Tensor(a!) out) -> ()");
+  m.def("max_pool(Tensor x, int[] geometry, Tensor(a!) out, Tensor(b!)? argmax) -> ()");
+  m.def("max_pool_bwd(Tensor dy, Tensor argmax, int[] geometry, Tensor(a!) dx) -> ()");
+  m.def(
+      "norm_act_max_pool(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, int act, "
+      "int[] geometry, Tensor(a!) out, Tensor(b!) argmax) -> ()");
+  m.def(
+      "norm_act_max_pool_reduce(Tensor dy, Tensor argmax, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+      "Tensor? bias, float eps, int act, int[] geometry, Tensor(a!) dweight, Tensor(b!) dbias) -> ()");
+  m.def(
+      "norm_act_max_pool_input_grad(Tensor dy, Tensor argmax, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+      "Tensor? bias, float eps, int act, int[] geometry, Tensor dweight, Tensor dbias, float count, Tensor(a!) "
+      "dx) -> ()");
 
   // CUDA: the compute capabilities that kernels were compiled for, such as "8.0+PTX;9.0a"; empty: none were built.
   m.def("cuda_architectures() -> str");
@@ -151,6 +162,10 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_C, CPU, m) {
   m.impl("conv_scale_act", TORCH_BOX(&fused_resnet::cpu::conv_scale_act));
   m.impl("conv_wgrad", TORCH_BOX(&fused_resnet::cpu::conv_wgrad));
   m.impl("max_pool", TORCH_BOX(&fused_resnet::cpu::max_pool));
+  m.impl("max_pool_bwd", TORCH_BOX(&fused_resnet::cpu::max_pool_bwd));
+  m.impl("norm_act_max_pool", TORCH_BOX(&fused_resnet::cpu::norm_act_max_pool));
+  m.impl("norm_act_max_pool_reduce", TORCH_BOX(&fused_resnet::cpu::norm_act_max_pool_reduce));
+  m.impl("norm_act_max_pool_input_grad", TORCH_BOX(&fused_resnet::cpu::norm_act_max_pool_input_grad));
   m.impl("bn_moments", TORCH_BOX(&fused_resnet::cpu::bn_moments));
   m.impl("norm_act", TORCH_BOX(&fused_resnet::cpu::norm_act));
   m.impl("norm_act_reduce", TORCH_BOX(&fused_resnet::cpu::norm_act_reduce));

@@ -1,19 +1,20 @@
 #include "cpu/max_pool.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
-#include "cpu/elementwise.h"
+#include "cpu/norm.h"
 
 namespace fused_resnet::cpu {
 namespace {
 
 struct MaxPoolArgs {
+  Pool pool;
   const void* x;
   void* out;
-  std::int64_t channels, h, w, p, q, r, s, stride_h, stride_w, pad_h, pad_w;
   bool bf16;
+  std::uint8_t* argmax = nullptr;  // always there with a norm
+  Affine norm{};
+  int act = kNone;
 };
 
 }  // namespace
@@ -23,34 +24,75 @@ struct MaxPoolArgs {
 #include "cpu/per_isa.h"
 
 namespace fused_resnet::cpu {
+namespace {
 
-void max_pool(torch::stable::Tensor x, std::vector<int64_t> geometry, torch::stable::Tensor out) {
-  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && geometry.size() == 6, "max_pool: x and out must be 4-d");
-  STD_TORCH_CHECK(x.scalar_type() == out.scalar_type(), "max_pool: x and out must have one dtype");
-  const auto in = x.sizes(), size = out.sizes();
-  const MaxPoolArgs args{x.const_data_ptr(),
-                         out.mutable_data_ptr(),
-                         in[1],
-                         in[2],
-                         in[3],
-                         size[2],
-                         size[3],
-                         geometry[0],
-                         geometry[1],
-                         geometry[2],
-                         geometry[3],
-                         geometry[4],
-                         geometry[5],
-                         is_bf16(x)};
-  STD_TORCH_CHECK(size[0] == in[0] && size[1] == in[1] && 2 * args.pad_h <= args.r && 2 * args.pad_w <= args.s &&
-                      (args.p - 1) * args.stride_h + args.r <= args.h + 2 * args.pad_h &&
-                      (args.q - 1) * args.stride_w + args.s <= args.w + 2 * args.pad_w,
-                  "max_pool: out does not fit");
-  const auto kernel = FUSED_RESNET_PICK(max_pool);
-  torch::stable::parallel_for(0, in[0] * args.p, 1, [&](std::int64_t begin, std::int64_t end) {
+void for_rows(const Tensor& x, const MaxPoolArgs& args) {
+  const auto kernel = FUSED_RESNET_PICK(max_pool_of);
+  torch::stable::parallel_for(0, x.size(0) * args.pool.p, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row)
       kernel(args, row);
   });
+}
+
+}  // namespace
+
+Pool::Pool(const Tensor& x, const Tensor& out, const std::vector<std::int64_t>& geometry) {
+  STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && geometry.size() == 6, "max_pool: x and out must be 4-d");
+  STD_TORCH_CHECK(x.scalar_type() == out.scalar_type(), "max_pool: x and out must have one dtype");
+  channels = x.size(1), h = x.size(2), w = x.size(3), p = out.size(2), q = out.size(3);
+  r = geometry[0], s = geometry[1], stride_h = geometry[2], stride_w = geometry[3];
+  pad_h = geometry[4], pad_w = geometry[5];
+  STD_TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == channels && 2 * pad_h <= r && 2 * pad_w <= s &&
+                      (p - 1) * stride_h + r <= h + 2 * pad_h && (q - 1) * stride_w + s <= w + 2 * pad_w,
+                  "max_pool: out does not fit");
+}
+
+void Pool::check_argmax(const Tensor& argmax) const {
+  STD_TORCH_CHECK(argmax.scalar_type() == torch::headeronly::ScalarType::Byte && argmax.dim() == 4 &&
+                      argmax.size(1) == channels && argmax.size(2) == p && argmax.size(3) == q,
+                  "max_pool: argmax must have a byte for each output");
+  STD_TORCH_CHECK(r * s <= 256, "max_pool: a window of more than 256 taps has no argmax");
+}
+
+PooledGradient::PooledGradient(const Tensor& x, const Tensor& dy, const Tensor& argmax,
+                               const std::vector<std::int64_t>& geometry)
+    : pool(x, dy, geometry),
+      dy(dy.const_data_ptr()),
+      argmax(static_cast<const std::uint8_t*>(argmax.const_data_ptr())),
+      bf16(is_bf16(dy)) {
+  pool.check_argmax(argmax);
+}
+
+void max_pool(Tensor x, std::vector<std::int64_t> geometry, Tensor out, std::optional<Tensor> argmax) {
+  MaxPoolArgs args{{x, out, geometry}, x.const_data_ptr(), out.mutable_data_ptr(), is_bf16(x)};
+  if (argmax) {
+    args.pool.check_argmax(*argmax);
+    args.argmax = static_cast<std::uint8_t*>(argmax->mutable_data_ptr());
+  }
+  for_rows(x, args);
+}
+
+void norm_act_max_pool(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                       double eps, std::int64_t act, std::vector<std::int64_t> geometry, Tensor out, Tensor argmax) {
+  const Grid grid(x);
+  if (grid.empty()) return;
+  const Workspace work(grid, 2, 0);
+  MaxPoolArgs args{{x, out, geometry}, x.const_data_ptr(), out.mutable_data_ptr(), is_bf16(x)};
+  args.pool.check_argmax(argmax);
+  args.argmax = static_cast<std::uint8_t*>(argmax.mutable_data_ptr());
+  args.norm = Norm(mean, var, weight, bias, eps).affine(grid, work.vector(0), work.vector(1));
+  args.act = static_cast<int>(act);
+  for_rows(x, args);
+}
+
+void max_pool_bwd(Tensor dy, Tensor argmax, std::vector<std::int64_t> geometry, Tensor dx) {
+  const Grid grid(dx);
+  if (grid.empty()) return;
+  const PooledGradient grad(dx, dy, argmax, geometry);
+  auto* out = static_cast<char*>(dx.mutable_data_ptr());
+  const std::int64_t row_bytes = grid.channels * (grad.bf16 ? 2 : 4);
+  const auto kernel = FUSED_RESNET_PICK(max_pool_grad_tile);
+  grid.for_tiles(false, [&](const Tile& tile, std::int64_t) { kernel(grad, tile, out + tile.row * row_bytes); });
 }
 
 }  // namespace fused_resnet::cpu

@@ -22,9 +22,10 @@ struct Affine {
 // (v - mean) / sqrt(var + eps) * weight + bias. Null are: mean and var, where there is no norm; weight for 1; bias for
 // 0.
 struct Norm {
-  const float *mean, *var, *weight, *bias;
-  double eps;
+  const float *mean = nullptr, *var = nullptr, *weight = nullptr, *bias = nullptr;
+  double eps = 0.0;
 
+  Norm() = default;
   Norm(const std::optional<torch::stable::Tensor>& mean, const std::optional<torch::stable::Tensor>& var,
        const std::optional<torch::stable::Tensor>& weight, const std::optional<torch::stable::Tensor>& bias, double eps)
       : mean(floats(mean)), var(floats(var)), weight(floats(weight)), bias(floats(bias)), eps(eps) {

@@ -2,6 +2,7 @@
 // namespace of each instruction set.
 #include "cpu/affine.h"
 #include "cpu/groups.h"
+#include "cpu/max_pool_grad.h"
 
 // The norms of kN channels from c on. kNormed: the residual has a norm of its own; else it may be there or not.
 template <class T, bool kNormed, int kN>

@@ -7,6 +7,8 @@ struct Lanes {
   typedef std::int32_t Int __attribute__((vector_size(4 * kN)));
   typedef std::uint32_t Bits __attribute__((vector_size(4 * kN)));
   typedef std::uint16_t Half __attribute__((vector_size(2 * kN)));
+  typedef std::uint8_t Bytes __attribute__((vector_size(kN)));
+  typedef long long Sixteen __attribute__((vector_size(16)));  // bytes, as intrinsics take them
 };
 
 template <int kN>
@@ -36,23 +38,53 @@ inline void store(float* p, Vec<kN> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Rounds to nearest even; a NaN, which the rounding could turn into an infinity, becomes torch's quiet NaN.
+// The 16 bits of v as bfloat16. Rounds to nearest even; a NaN, which the rounding could turn into an infinity, becomes
+// torch's quiet NaN.
 template <int kN>
-inline void store(Bf16* p, Vec<kN> v) {
+inline typename Lanes<kN>::Bits bf16_bits(Vec<kN> v) {
   using Bits = typename Lanes<kN>::Bits;
   const Bits bits = (Bits)v;
-  Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = v == v ? rounded : Bits{} + 0x7fc0;
-  const auto half = __builtin_convertvector(rounded, typename Lanes<kN>::Half);
+  const Bits nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return v == v ? nearest : Bits{} + 0x7fc0;
+}
+
+template <int kN>
+inline void store(Bf16* p, Vec<kN> v) {
+  const auto half = __builtin_convertvector(bf16_bits<kN>(v), typename Lanes<kN>::Half);
   std::memcpy(p, &half, sizeof half);
+}
+
+// Compilers take the conversion of so many bytes apart, at ten times the cost of the instruction that there is for it.
+template <int kN>
+inline typename Lanes<kN>::Int load_bytes(const std::uint8_t* p) {
+  typename Lanes<kN>::Int v;
+#if defined(__x86_64__)
+  if constexpr (kN == 16 || kN == 8) {
+    typename Lanes<kN>::Sixteen bytes{};
+    std::memcpy(&bytes, p, kN);
+    if constexpr (kN == 16)
+      v = (decltype(v))_mm512_maskz_cvtepu8_epi32(0xffff, bytes);
+    else
+      v = (decltype(v))_mm256_cvtepu8_epi32(bytes);
+    return v;
+  }
+#endif
+  for (int i = 0; i < kN; ++i)
+    v[i] = p[i];
+  return v;
+}
+
+template <int kN>
+inline void store_bytes(std::uint8_t* p, typename Lanes<kN>::Int v) {
+  const auto bytes = __builtin_convertvector(v, typename Lanes<kN>::Bytes);
+  std::memcpy(p, &bytes, sizeof bytes);
 }
 
 // v as it is read where it was stored as T.
 template <class T, int kN>
 inline Vec<kN> rounded(Vec<kN> v) {
-  T stored[kN];
-  store<kN>(stored, v);
-  return load<kN>(stored);
+  if constexpr (sizeof(T) == 4) return v;
+  return (Vec<kN>)(bf16_bits<kN>(v) << 16);
 }
 
 // Whether vectors of T fill cache lines: writing pieces of a line past the caches costs more than it spares.

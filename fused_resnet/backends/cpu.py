@@ -173,8 +173,27 @@ def _empty(size, dtype: torch.dtype) -> Tensor:
 
 def max_pool2d(x, kernel, stride, padding, size):
     out = _empty((*x.shape[:2], *size), x.dtype)
-    torch.ops.fused_resnet_C.max_pool(x, (*kernel, *stride, *padding), out)
+    torch.ops.fused_resnet_C.max_pool(x, (*kernel, *stride, *padding), out, None)
     return out
+
+
+def max_pool2d_argmax(x, kernel, stride, padding, size):
+    """The output, and of each window the number r * S + s of the tap that it was taken from."""
+    x, (out, argmax) = channels_last(x), _pooled(x, size)
+    torch.ops.fused_resnet_C.max_pool(x, (*kernel, *stride, *padding), out, argmax)
+    return out, argmax
+
+
+def max_pool2d_backward(grad, argmax, kernel, stride, padding, size):
+    """The gradient of x [N, C, *size]."""
+    grad, d_x = channels_last(grad), _empty((*grad.shape[:2], *size), grad.dtype)
+    torch.ops.fused_resnet_C.max_pool_bwd(grad, channels_last(argmax), (*kernel, *stride, *padding), d_x)
+    return d_x
+
+
+def _pooled(x: Tensor, size) -> tuple[Tensor, Tensor]:
+    out = _empty((*x.shape[:2], *size), x.dtype)
+    return out, torch.empty_like(out, dtype=torch.uint8)
 
 
 def empty_cache() -> int:
@@ -259,6 +278,31 @@ def norm_act_input_grad(
         _optional(y), ACT_CODES[act], d_weight, d_bias, d_residual_weight, count, d_x, d_residual,
     )  # fmt: skip
     return d_x, d_residual
+
+
+def norm_act_max_pool2d(x, norm, act, kernel, stride, padding, size):
+    x, (y, argmax) = channels_last(x), _pooled(x, size)
+    geometry = (*kernel, *stride, *padding)
+    torch.ops.fused_resnet_C.norm_act_max_pool(x, *_norm(norm), ACT_CODES[act], geometry, y, argmax)
+    return y, argmax
+
+
+def norm_act_max_pool2d_reduce(grad, argmax, x, norm, act, kernel, stride, padding):
+    x, (d_weight, d_bias) = channels_last(x), _vectors(x, 2)
+    torch.ops.fused_resnet_C.norm_act_max_pool_reduce(
+        channels_last(grad), channels_last(argmax), x, *_norm(norm), ACT_CODES[act], (*kernel, *stride, *padding),
+        d_weight, d_bias,
+    )  # fmt: skip
+    return None, d_weight, d_bias  # the next pass makes g again: it has four times the elements of grad
+
+
+def norm_act_max_pool2d_input_grad(grad, argmax, x, norm, act, kernel, stride, padding, g, d_weight, d_bias, count):
+    x, d_x = channels_last(x), _empty(x.shape, x.dtype)
+    torch.ops.fused_resnet_C.norm_act_max_pool_input_grad(
+        channels_last(grad), channels_last(argmax), x, *_norm(norm), ACT_CODES[act], (*kernel, *stride, *padding),
+        d_weight, d_bias, count, d_x,
+    )  # fmt: skip
+    return d_x
 
 
 def _engine_pays(size, dtype: torch.dtype, args) -> bool:
