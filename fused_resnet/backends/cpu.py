@@ -376,4 +376,3 @@ def conv_moments(x, norm, act, weight, bias, args):
     return z, *moments(z)
 
 
-from fused_resnet.backends.reference import norm_act_max_pool2d, norm_act_max_pool2d_reduce, norm_act_max_pool2d_input_grad  # noqa # TEMP
