@@ -19,10 +19,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kChunkChannels = 256;   // of dy, packed at once
-constexpr int64_t kBandBytes = 1 << 20;   // of dy and x, half of L2
-constexpr int64_t kSlabBytes = 32 << 10;  // of packed x, two thirds of L1
-constexpr int64_t kSlabPixels = 96;       // fewer would load and store the accumulators too often
+constexpr int64_t kChunkChannels = 256;    // of dy, packed at once
+constexpr int64_t kBandBytes = 512 << 10;  // of dy and x, half of L2
+constexpr int64_t kSlabBytes = 24 << 10;   // of packed x, two thirds of L1
+constexpr int64_t kSlabPixels = 96;        // fewer would load and store the accumulators too often
 constexpr int64_t kFoldPixels = 96;
 
 int64_t ceil_div(int64_t a, int64_t b) {
@@ -100,7 +100,7 @@ WgradPlan make_plan(const WgradShape& g, const Split& grid) {
 
   const int64_t rows = ceil_div(g.n * g.p, grid.rows),
                 row_bytes = g.step_h * g.columns * width * int64_t{sizeof(float)};
-  const int64_t in_pixels = g.step_h * g.source_h * g.step_w * g.source_w;
+  const int64_t in_pixels = g.step_h * g.step_w;
   plan.slab_rows = std::max(kSlabBytes / row_bytes, ceil_div(kSlabPixels, g.q));
   if (g.fold) plan.slab_rows = ceil_div(kFoldPixels, g.q);
   plan.slab_rows = std::min(plan.slab_rows, rows);

@@ -8,17 +8,29 @@ struct WgradRun {
   std::int64_t offset, pixels;
 };
 
+// What tiles fetch to L2 for later: rows of `row` bytes whose starts are row + jump apart, `step` bytes at each pixel.
+// Evenly, because a burst would take all the fill buffers of L1 from the tile's own loads.
+struct WgradFetch {
+  const char* next;
+  std::int64_t step, left, row, jump;
+};
+
 // sums[m, c] += sum_i dy[i, m] x[i * x_step + c] over the pixels i of all runs, for M output channels and V vectors of
 // input channels: up to 28 accumulators in fp32 registers, x streamed from L1 or L2 and each dy broadcast from memory.
+// They begin at 0, for sums of sums round less than one long sum.
 template <int M, int V>
 void wgrad_tile(const float* x, std::int64_t x_step, const float* dy, const WgradRun* runs, const WgradRun* end,
-                float* sums, bool add) {
+                WgradFetch& stream, float* sums, bool add) {
+  WgradFetch fetch = stream;
   Vec<kLanes> sum[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v)
-      sum[m][v] = add ? load<kLanes>(sums + m * kWgradPanel + v * kLanes) : Vec<kLanes>{};
+      sum[m][v] = Vec<kLanes>{};
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v)
+      __builtin_prefetch(sums + m * kWgradPanel + v * kLanes, 1, 3);
   for (; runs != end; ++runs) {
     const float* from = x + runs->offset;
     for (std::int64_t i = runs->pixels; i > 0; --i) {
@@ -26,23 +38,31 @@ void wgrad_tile(const float* x, std::int64_t x_step, const float* dy, const Wgra
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v)
         in[v] = load<kLanes>(from + v * kLanes);
+      __builtin_prefetch(fetch.next, 0, 2);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v)
           sum[m][v] += dy[m] * in[v];
+      fetch.next += fetch.step;
+      fetch.left -= fetch.step;
+      if (fetch.left <= 0) fetch.next += fetch.jump, fetch.left += fetch.row;
       from += x_step;
       dy += M;
     }
   }
+  stream = fetch;
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v)
-      store<kLanes>(sums + m * kWgradPanel + v * kLanes, sum[m][v]);
+    for (int v = 0; v < V; ++v) {
+      float* at = sums + m * kWgradPanel + v * kLanes;
+      store<kLanes>(at, add ? load<kLanes>(at) + sum[m][v] : sum[m][v]);
+    }
 }
 
-using WgradTile = void (*)(const float*, std::int64_t, const float*, const WgradRun*, const WgradRun*, float*, bool);
+using WgradTile = void (*)(const float*, std::int64_t, const float*, const WgradRun*, const WgradRun*, WgradFetch&,
+                           float*, bool);
 
 template <int V, int... kHeights>
 constexpr WgradTile pick_wgrad_tile(std::int64_t height, std::integer_sequence<int, kHeights...>) {
@@ -233,49 +253,109 @@ inline void wgrad_finish(const WgradShape& g, const WgradArgs& args, std::int64_
 }
 
 // Chunks of output channels, bands of rows, panels of input channels, slabs of rows, blocks of output channels, taps:
-// dy of a chunk and band stays in L2, x of a panel and slab in L1, both packed.
-inline void wgrad_task(const WgradShape& g, const WgradArgs& args, const WgradPlan& plan, const WgradTask& task) {
-  WgradPacker packer{g, args, {}, {}};
-  const std::int64_t pixel_floats = g.fold ? plan.panels * kWgradPanel : kWgradPanel;
-  if (g.fold) std::memset(task.x, 0, plan.x_floats * sizeof(float));
-  const std::int64_t rows = task.row_end - task.row_begin, bands = (rows + plan.band_rows - 1) / plan.band_rows;
-  for (std::int64_t chunk = task.chunk_begin; chunk < task.chunk_end; ++chunk) {
-    const std::int64_t count = plan.chunks[chunk + 1] - plan.chunks[chunk];
-    const std::int64_t* blocks = plan.blocks.data() + plan.chunks[chunk];
-    for (std::int64_t band = 0; band < bands; ++band) {
-      const std::int64_t begin = task.row_begin + rows * band / bands;
-      const std::int64_t end = task.row_begin + rows * (band + 1) / bands;
-      const std::int64_t slabs = (end - begin + plan.slab_rows - 1) / plan.slab_rows;
-      packer.pack_dy(blocks, count, begin * g.q, end * g.q, task.dy);
-      for (std::int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
-        const std::int64_t wide = g.channels - panel * kWgradPanel > kLanes;
-        float* sums = task.sums + panel * task.panel_stride - (task.lone ? blocks[0] * g.taps * kWgradPanel : 0);
-        for (std::int64_t slab = 0; slab < slabs; ++slab) {
-          const std::int64_t from = begin + (end - begin) * slab / slabs,
-                             to = begin + (end - begin) * (slab + 1) / slabs;
-          if (!g.fold)
-            packer.pack_x(panel, from, to, task.x);
-          else if (panel == task.panel_begin)
-            packer.fold_x(from, to, pixel_floats, task.x);
-          const float* x = task.x + (g.fold ? panel * kWgradPanel : 0);
-          const float* dy = task.dy;
-          for (std::int64_t b = 0; b < count; ++b) {
-            const std::int64_t height = blocks[b + 1] - blocks[b];
-            constexpr auto kHeights = std::make_integer_sequence<int, kWgradBlock>();
-            const WgradTile tile = wide ? pick_wgrad_tile<2>(height, kHeights) : pick_wgrad_tile<1>(height, kHeights);
-            for (std::int64_t tap = 0; tap < g.taps; ++tap) {
-              const std::int64_t shift = tap / g.s * g.dilation_h * g.columns + tap % g.s * g.dilation_w;
-              tile(x + (g.fold ? 0 : shift * kWgradPanel), g.fold ? pixel_floats : g.step_w * kWgradPanel,
-                   dy + (from - begin) * g.q * height, packer.runs.data(), packer.runs.data() + packer.runs.size(),
-                   sums + (blocks[b] * g.taps + tap * height) * kWgradPanel, band + slab > 0);
-            }
-            dy += (end - begin) * g.q * height + kWgradCopy;
-          }
-        }
-        for (std::int64_t b = 0; b < count && task.finish && band + 1 == bands; ++b)
-          wgrad_finish(g, args, blocks[b], blocks[b + 1] - blocks[b], panel, sums + blocks[b] * g.taps * kWgradPanel, 1,
-                       0);
+// dy of a chunk and band stays in L2, x of a panel and slab in L1, both packed. What the next band reads is fetched by
+// the tiles of this one.
+class WgradRunner {
+ public:
+  WgradRunner(const WgradShape& shape, const WgradArgs& arguments, const WgradPlan& whole, const WgradTask& part)
+      : g(shape),
+        args(arguments),
+        plan(whole),
+        task(part),
+        packer{shape, arguments, {}, {}},
+        pixel_floats(shape.fold ? whole.panels * kWgradPanel : kWgradPanel),
+        bands((part.row_end - part.row_begin + whole.band_rows - 1) / whole.band_rows) {}
+
+  void run() {
+    if (g.fold) std::memset(task.x, 0, plan.x_floats * sizeof(float));
+    for (std::int64_t chunk = task.chunk_begin; chunk < task.chunk_end; ++chunk) {
+      blocks = plan.blocks.data() + plan.chunks[chunk];
+      count = plan.chunks[chunk + 1] - plan.chunks[chunk];
+      for (band = 0; band < bands; ++band) {
+        begin = band_row(band), end = band_row(band + 1);
+        slabs = (end - begin + plan.slab_rows - 1) / plan.slab_rows;
+        plan_fetches(chunk);
+        packer.pack_dy(blocks, count, begin * g.q, end * g.q, task.dy);
+        for (std::int64_t panel = task.panel_begin; panel < task.panel_end; ++panel)
+          run_panel(panel);
       }
     }
   }
+
+ private:
+  std::int64_t band_row(std::int64_t i) const { return task.row_begin + (task.row_end - task.row_begin) * i / bands; }
+
+  void run_panel(std::int64_t panel) {
+    float* sums = task.sums + panel * task.panel_stride - (task.lone ? blocks[0] * g.taps * kWgradPanel : 0);
+    for (std::int64_t slab = 0; slab < slabs; ++slab) {
+      const std::int64_t from = begin + (end - begin) * slab / slabs, to = begin + (end - begin) * (slab + 1) / slabs;
+      if (!g.fold)
+        packer.pack_x(panel, from, to, task.x);
+      else if (panel == task.panel_begin)
+        packer.fold_x(from, to, pixel_floats, task.x);
+      run_tiles(panel, from, sums, band + slab > 0);
+    }
+    for (std::int64_t b = 0; b < count && task.finish && band + 1 == bands; ++b)
+      wgrad_finish(g, args, blocks[b], blocks[b + 1] - blocks[b], panel, sums + blocks[b] * g.taps * kWgradPanel, 1, 0);
+  }
+
+  void run_tiles(std::int64_t panel, std::int64_t from, float* sums, bool add) {
+    constexpr auto kHeights = std::make_integer_sequence<int, kWgradBlock>();
+    const bool wide = g.channels - panel * kWgradPanel > kLanes;
+    const float* x = task.x + (g.fold ? panel * kWgradPanel : 0);
+    const std::int64_t x_step = g.fold ? pixel_floats : g.step_w * kWgradPanel;
+    const WgradRun* runs = packer.runs.data();
+    const float* dy = task.dy;
+    for (std::int64_t b = 0; b < count; ++b) {
+      const std::int64_t height = blocks[b + 1] - blocks[b];
+      const WgradTile tile = wide ? pick_wgrad_tile<2>(height, kHeights) : pick_wgrad_tile<1>(height, kHeights);
+      for (std::int64_t tap = 0; tap < g.taps; ++tap) {
+        const std::int64_t shift =
+            g.fold ? 0 : (tap / g.s * g.dilation_h * g.columns + tap % g.s * g.dilation_w) * kWgradPanel;
+        tile(x + shift, x_step, dy + (from - begin) * g.q * height, runs, runs + packer.runs.size(), fetch,
+             sums + (blocks[b] * g.taps + tap * height) * kWgradPanel, add);
+        if (--dy_tiles == 0) fetch = fetch_x;
+      }
+      dy += (end - begin) * g.q * height + kWgradCopy;
+    }
+  }
+
+  // The dy of the next band or chunk, then its x.
+  void plan_fetches(std::int64_t chunk) {
+    fetch = {reinterpret_cast<const char*>(task.x), 0, 1, 0, 0};
+    dy_tiles = -1;
+    std::int64_t next = band + 1;
+    if (next == bands && ++chunk == task.chunk_end) return;
+    next %= bands;
+    const std::int64_t first = band_row(next), last = band_row(next + 1);
+    const std::int64_t channel = plan.blocks[plan.chunks[chunk]];
+    const std::int64_t bytes = (plan.blocks[plan.chunks[chunk + 1]] - channel) * sizeof(float);
+    const std::int64_t tiles = (task.panel_end - task.panel_begin) * count * g.taps * slabs;
+    const std::int64_t visits = tiles / slabs * (end - begin) * g.q;
+    const auto input = [&](std::int64_t row, std::int64_t y) {
+      return (row / g.p * g.h + std::clamp<std::int64_t>(row % g.p * g.stride_h - g.pad_h + y, 0, g.h)) * g.w * g.c;
+    };
+    const std::int64_t from = input(first, 0), to = g.source_h * g.source_w == 1 ? input(last - 1, g.span_h) : from;
+    const std::int64_t dy_bytes = (last - first) * g.q * bytes, x_bytes = (to - from) * sizeof(float);
+    const std::int64_t step = std::min<std::int64_t>(64, (dy_bytes + x_bytes) / visits + 1);
+    fetch = {reinterpret_cast<const char*>(args.dy + first * g.q * g.k + channel), step, bytes, bytes,
+             g.k * std::int64_t{sizeof(float)} - bytes};
+    fetch_x = {reinterpret_cast<const char*>(args.x + from), step, x_bytes + 1, x_bytes, 0};
+    dy_tiles = tiles * dy_bytes / (dy_bytes + x_bytes);
+  }
+
+  const WgradShape& g;
+  const WgradArgs& args;
+  const WgradPlan& plan;
+  const WgradTask& task;
+  WgradPacker packer;
+  const std::int64_t pixel_floats, bands;
+  const std::int64_t* blocks = nullptr;  // of this chunk
+  std::int64_t count = 0, band = 0, begin = 0, end = 0, slabs = 0;
+  WgradFetch fetch, fetch_x;
+  std::int64_t dy_tiles = 0;  // that fetch dy; the others fetch x
+};
+
+inline void wgrad_task(const WgradShape& g, const WgradArgs& args, const WgradPlan& plan, const WgradTask& task) {
+  WgradRunner(g, args, plan, task).run();
 }

@@ -328,15 +328,36 @@ def _convolve(x, weight, bias, args, residual=None) -> Tensor:
 
 
 def convolution_backward(grad, x, norm, act, weight, args, needs, residual):
-    d_y = _input_gradient(channels_last(grad), x, weight, args, residual) if needs[0] else None
-    rest = (needs[0] and d_y is None, *needs[1:])
+    grad = channels_last(grad)
+    d_y = _input_gradient(grad, x, weight, args, residual) if needs[0] else None
+    d_weight = _weight_gradient(grad, x, norm, act, weight, args) if needs[1] else None
+    rest = (needs[0] and d_y is None, needs[1] and d_weight is None, needs[2])
     if not any(rest):
-        return d_y, None, None
+        return d_y, d_weight, None
     y = activation(x, norm, act) if rest[1] else x
     found = reference.convolution_backward(grad, y, None, "none", weight, args, rest, None)
     if rest[0]:
         d_y = found[0] if residual is None else add_act(found[0], residual, "none")
-    return d_y, *found[1:]
+    return d_y, found[1] if rest[1] else d_weight, found[2]
+
+
+def _wgrad_pays(x: Tensor, weight: Tensor, args) -> bool:
+    """Whether csrc/cpu is the faster way to the gradient of this weight."""
+    return engine_takes(x.dtype, args) and x.dtype == torch.float32 and x.numel() > 0
+
+
+def _weight_gradient(grad, x, norm, act, weight, args) -> Tensor | None:
+    """Of a convolution of act(norm(x)), or of x where norm is None; None: it is left to aten."""
+    if not _wgrad_pays(x, weight, args):
+        return None
+    vectors, eps = (None, None, None, None), 0.0
+    if norm is not None:
+        vectors, eps = (norm.mean, norm.var, _vector(norm.weight), _vector(norm.bias)), norm.eps
+    d_weight = torch.empty_like(weight, dtype=torch.float32)
+    torch.ops.fused_resnet_C.conv_wgrad(
+        grad, channels_last(x), *vectors, eps, ACT_CODES[act], _geometry(weight, args), d_weight
+    )
+    return d_weight.to(weight.dtype)
 
 
 def _input_gradient(grad, x, weight, args, residual) -> Tensor | None:
