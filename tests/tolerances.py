@@ -108,3 +108,13 @@ def assert_two_times(
     error, plain = ((found.double() - truth).abs().max().item() for found in (out, eager))
     bound = tolerance("two_times") * plain + tolerance(floor) * ulp(eager.dtype, truth.abs().max().item())
     assert error <= bound, f"{what}: error {error:.3e}, the two-times rule allows {bound:.3e}"
+
+
+def assert_moments(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """The channels' mean and biased variance, in fp32, are those of x in fp64."""
+    variance, centre = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    allowed = tolerance("tile_moments")
+    assert mean.dtype == var.dtype == torch.float32
+    wrong = (mean - centre).abs() - allowed * variance.sqrt() - ulp(torch.float32, 1.0) * centre.abs()
+    assert (wrong <= 0).all(), f"mean: error {(mean - centre).abs().max():.3e}"
+    assert ((var - variance).abs() <= allowed * variance).all(), f"variance: {(var / variance - 1).abs().max():.3e}"
