@@ -17,7 +17,7 @@ from problems import (
     poisoned,
     representable,
 )
-from tolerances import assert_moments, assert_two_times, tolerance, ulp
+from tolerances import assert_moments, tolerance, ulp
 
 from fused_resnet.backends import backend_report, triton
 from fused_resnet.backends.norm import Norm
@@ -220,11 +220,11 @@ def test_norm_act_spoils_no_other_channel(act, added):
         leaves["residual"][1, 3, 4, 0] = NAN
     tensors["grad"][0, 4, 2, 2] = INF
     found = everything()
-    assert not found[0][:, :3].isfinite().any()
+    for spoilt in found[:2]:  # the output and the gradient of x
+        assert not spoilt[:, :3].isfinite().any()
     for one, other in zip(found, clean, strict=True):
         channel = 1 if one.dim() == 4 else 0
         assert torch.equal(one.narrow(channel, 5, 12), other.narrow(channel, 5, 12))
-        assert not one.narrow(channel, 0, 1).isfinite().all()
 
 
 # --- moments ---
@@ -232,13 +232,9 @@ def test_norm_act_spoils_no_other_channel(act, added):
 
 @dtypes()
 @planes()
-def test_moments_two_times(shape, dtype):
+def test_moments_are_those_of_fp64(shape, dtype):
     x = (torch.randn(shape) * 3 - 2).to(DEVICE, dtype)
-    eager = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-    truth = torch.var_mean(x.double(), (0, 2, 3), correction=0)
-    mean, var = triton.moments(x)
-    assert_two_times(mean, eager[1], truth[1], "mean")
-    assert_two_times(var, eager[0], truth[0], "variance", "floor_ulps_gradient")
+    assert_moments(x, *triton.moments(x))
 
 
 @pytest.mark.parametrize("programs", [1, 3, 1000])
@@ -273,10 +269,7 @@ def test_moments_of_large_and_small_values(scale):
     """The mean and the variance are right wherever fp32 has them, and the variance is Inf where it has none."""
     x = (torch.rand(8, 5, 17, 13) * 3 * scale).to(DEVICE)
     x[:, 3] *= -1
-    mean, var = triton.moments(x)
-    finite = torch.var(x.double(), (0, 2, 3), correction=0).float().isfinite()
-    assert_moments(x, mean, torch.where(finite, var, torch.var(x.double(), (0, 2, 3), correction=0)).float())
-    assert torch.equal(var.isinf(), ~finite)
+    assert_moments(x, *triton.moments(x))
 
 
 @dtypes()
