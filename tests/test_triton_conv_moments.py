@@ -67,7 +67,7 @@ def tensors_of(problem):
 EVERY = [(name, dtype) for name in ("conv1x1", "implicit_gemm", "general") for dtype in LOW]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*EVERY, ("stem", torch.float16), ("grouped", torch.bfloat16)])
+@pytest.mark.parametrize(("name", "dtype"), [*EVERY, ("stem", torch.float16), ("grouped", torch.bfloat16)], ids=str)
 def test_moments_in_every_configuration(name, dtype):
     """They are those of what is stored, which is what inference computes."""
     problem = PROBLEMS[name]._replace(dtype=dtype)
@@ -94,6 +94,7 @@ def test_moments_in_every_configuration(name, dtype):
 @pytest.mark.parametrize(
     ("name", "channels", "dtype"),
     [("conv1x1", 24, torch.bfloat16), ("general", 17, torch.float32), ("general", 3, torch.float16)],
+    ids=str,
 )
 def test_norm_on_load_is_the_norm_in_memory(name, channels, dtype, act):
     """To the bit, in every configuration."""
