@@ -31,8 +31,8 @@ ARCHS = {"sm_80": ("bf16",), "sm_90": kernels.MODES, "sm_100": ("bf16",)}
 
 # The kernels whose products are to come from wgmma, of operands that TMA brings.
 TENSOR_CORES = {"conv1x1", "implicit_gemm", "stem", "stem_pool", "stem_rows", "grouped"}
-HELPERS = {"split_k_reduce_kernel", "stem_pack_kernel"}
-MEMORY_BOUND = {"scale_act", "add_act", "max_pool2d"}
+HELPERS = {"split_k_reduce_kernel", "stem_pack_kernel", "norm_scale_kernel"}
+MEMORY_BOUND = {"scale_act", "add_act", "max_pool2d", "batch_norm"}
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

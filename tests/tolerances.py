@@ -75,8 +75,8 @@ TOLERANCES = {
     ),
     "tile_moments": Tolerance(
         2e-6,
-        "the mean, relative to the deviation, and the variance of at most 256 rows in fp32, about the first of them: "
-        "their differences and sums round by 6e-8 of a few deviations, at random",
+        "the mean, relative to the deviation, and the variance of the rows of tiles in fp32, about the first of them: "
+        "their differences and sums round by 6e-8 of a few deviations, at random; tiles are merged in fp64",
     ),
     "cancellation": Tolerance(
         4.0,
@@ -113,3 +113,14 @@ def assert_two_times(
     error, plain = ((found.double() - truth).abs().max().item() for found in (out, eager))
     bound = tolerance("two_times") * plain + tolerance(floor) * ulp(dtype or eager.dtype, truth.abs().max().item())
     assert error <= bound, f"{what}: error {error:.3e}, the two-times rule allows {bound:.3e}"
+
+
+def assert_moments(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """The channels' mean and biased variance are those of x in fp64, rounded to fp32: where that overflows, Inf."""
+    variance, centre = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    allowed = tolerance("tile_moments")
+    assert mean.dtype == var.dtype == torch.float32
+    wrong = (mean - centre).abs() - allowed * variance.sqrt() - ulp(torch.float32, 1.0) * centre.abs()
+    assert (wrong <= 0).all(), f"mean: error {(mean - centre).abs().max():.3e}"
+    right = ((var - variance).abs() <= allowed * variance) | (var == variance.float())
+    assert right.all(), f"variance: error {(var / variance - 1).abs().max():.3e}"

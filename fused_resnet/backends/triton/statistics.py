@@ -112,7 +112,7 @@ def moments_kernel(
         d = tl.where(mask, x * SHRINK - centre[None, :], 0.0)
         delta = tl.where(mask, d - sums * (1.0 / tl.maximum(step, 1)), 0.0)
         sums += d
-        squares += delta * delta * (step / (step + 1.0))
+        squares += delta * (delta * (step / (step + 1.0)))  # 0 in the first step, also where the square overflows
         x_ptr += BLOCK_M * C
     own = ((rows - line + BLOCK_M - 1) // BLOCK_M).to(tl.float32)[:, None]  # rows of each line
     count = rows.to(tl.float32)

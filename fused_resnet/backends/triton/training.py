@@ -142,12 +142,15 @@ def conv_moments(x, norm, act, weight, bias, args):
 
 def _on_load(norm, act: str) -> tuple[tuple[Launch, ...], tuple]:
     """What a convolution reads that applies act(norm(x)) on load, and the launch that makes it."""
-    mean, var, weight, bias, eps = _norm(norm)
+    mean, bias = vector(norm.mean), vector(norm.bias)
     scale = torch.empty_like(mean)
-    c = len(scale)
-    args, constants = (var, weight, scale, eps, c), {"BLOCK_C": SCALE_BLOCK}
-    launch = Launch(kernels.norm_scale_kernel, cdiv(c, SCALE_BLOCK), args, constants, 4, 1)
-    return (launch,), (mean, scale, torch.zeros_like(scale) if bias is None else bias, act)
+    return (norm_scale_launch(norm, scale),), (mean, scale, torch.zeros_like(mean) if bias is None else bias, act)
+
+
+def norm_scale_launch(norm, scale: Tensor) -> Launch:
+    _, var, weight, _, eps = _norm(norm)
+    args = (var, weight, scale, eps, len(scale))
+    return Launch(kernels.norm_scale_kernel, cdiv(len(scale), SCALE_BLOCK), args, {"BLOCK_C": SCALE_BLOCK}, 4, 1)
 
 
 def convolution_backward(grad, x, norm, act, weight, args, needs, residual):
