@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from networks import batch_norms, seeded
+from networks import batch_norms, largest, seeded
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -194,28 +195,34 @@ def check_ddp(rank: int, world: int, kind: str) -> dict:
         loss.backward()
     return {
         "logits": logits.detach(),
-        "gradients": [p.grad for p in model.parameters()],
+        "gradients": [p.grad for p in model.parameters()] if rank == 0 else None,  # DDP has given all the same
         "buffers": list(model.module.buffers()),
         "counts": (counted.forward, counted.backward),
         "groups": counted.groups,
     }
 
 
-def check_fsdp(rank: int, world: int) -> dict:
-    """Two steps, each behind an inference, beside DDP; in eval mode the weights are derived anew though nobody sets it.
+# What keeps each process's statistics its own: its name in newer versions of PyTorch, or in older ones.
+_NAMES = ("forward_sync_buffers", "broadcast_buffers")
+OWN_BUFFERS = {next(n for n in _NAMES if n in inspect.signature(DistributedDataParallel).parameters): False}
 
-    Batch norm is plain: each process has its own statistics.
+
+def check_fsdp(rank: int, world: int) -> dict[str, float]:
+    """Steps in training and in eval mode, each with an inference behind it, beside DDP: the largest relative errors.
+
+    In eval mode the weights have to be derived anew though nobody sets the mode. Batch norm is plain: each process has
+    its own statistics.
     """
-    ddp = DistributedDataParallel(network(), broadcast_buffers=False)
-    fsdp, mesh = network(), init_device_mesh("cpu", (world,))
+    ddp, fsdp = DistributedDataParallel(network(), **OWN_BUFFERS), network()
+    mesh = init_device_mesh("cpu", (world,))
     for block in fsdp.modules():
         if isinstance(block, fr.BasicBlock):
             fully_shard(block, mesh=mesh)
     fully_shard(fsdp, mesh=mesh)
     x, labels = (share(t, "even", rank, world) for t in images_and_labels())
-    found = {"train": [], "eval": []}
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (ddp, fsdp)]
-    for training in (True, False, False):
+    errors = {}
+    for step, training in enumerate((True, False, False)):
         outputs = []
         for model, optimizer in zip((ddp, fsdp), optimizers, strict=True):
             if model.training != training:
@@ -225,11 +232,32 @@ def check_fsdp(rank: int, world: int) -> dict:
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
-                outputs.append((logits.detach(), model(x)))
-        found["train" if training else "eval"] += [list(pair) for pair in zip(*outputs, strict=True)]
+                outputs.append(torch.stack([logits, model(x)]))
+        errors[f"outputs of step {step}"] = largest(*outputs[::-1])
     fsdp.reshard()
-    found["parameters"] = [[p.detach() for p in ddp.parameters()], [p.full_tensor() for p in fsdp.parameters()]]
-    found["buffers"] = [list(ddp.module.buffers()), list(fsdp.buffers())]
+    pairs = zip((p.full_tensor() for p in fsdp.parameters()), ddp.parameters(), strict=True)
+    errors["parameters"] = max(largest(*pair) for pair in pairs)
+    errors["buffers"] = max(largest(*pair) for pair in zip(fsdp.buffers(), ddp.module.buffers(), strict=True))
+    return errors
+
+
+def check_fsdp_inference(rank: int, world: int) -> list[bool]:
+    """Packed weights are those of now, also between steps in eval mode, which no `train()` or `eval()` announces."""
+    module = nn.Sequential(fr.ConvBNAct2d(CHANNELS, 32, 3), fr.BasicBlock(32, 32), fr.BNAct2d(32)).eval()
+    plain, mesh, x = copy.deepcopy(module), init_device_mesh("cpu", (world,)), torch.randn(2, CHANNELS, 9, 9)
+    for child in module:
+        fully_shard(child, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    optimizer, found = torch.optim.SGD(module.parameters(), lr=0.1), []
+    for _ in range(3):
+        with torch.no_grad():
+            y = module(x)
+            for mine, sharded in zip(plain.parameters(), module.parameters(), strict=True):
+                mine.copy_(sharded.full_tensor())
+            found.append(torch.equal(y, plain(x)))
+        module(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return found
 
 
@@ -240,6 +268,7 @@ def check(rank: int, world: int) -> dict:
         "eval": check_eval(rank, world),
         "ddp": {kind: check_ddp(rank, world, kind) for kind in kinds_of(world, SHARES_OF_NETWORK)},
         "fsdp": check_fsdp(rank, world) if world == 2 else None,
+        "fsdp_inference": check_fsdp_inference(rank, world),
     }
 
 
