@@ -44,6 +44,8 @@ from fused_resnet.modules import (
     Bottleneck,
     ConvBNAct2d,
     DepthwiseSeparableConv2d,
+    SyncBNAct2d,
+    convert_sync_batchnorm,
     freeze_batch_norm,
 )
 from fused_resnet.parity import VerifyReport
@@ -57,10 +59,12 @@ __all__ = [
     "ConvBNAct2d",
     "DepthwiseSeparableConv2d",
     "GraphedModel",
+    "SyncBNAct2d",
     "TuneReport",
     "VerifyReport",
     "__version__",
     "available_backends",
+    "convert_sync_batchnorm",
     "empty_cache",
     "freeze_batch_norm",
     "graph",

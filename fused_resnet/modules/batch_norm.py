@@ -69,7 +69,7 @@ def running_arguments(bn: nn.Module) -> dict:
 
 
 def count_batch(norms: list[nn.Module], x: Tensor) -> None:
-    """Count one batch, after the operator has succeeded; not for a batch that was counted, or has no images anywhere."""
+    """Count one batch, after the operator has succeeded; not one that was counted before, or that has no images."""
     if recomputing():
         return
     counts = [

@@ -7,7 +7,6 @@ from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import uses_batch_statistics
 from fused_resnet.modules.prepared import prepared
 
-
 # Kernel, stride and padding of the pooling of a ResNet.
 HALVING = ((3, 3), (2, 2), (1, 1))
 
@@ -18,6 +17,7 @@ def conv_bn_act_max_pool(conv: nn.Module, bn: nn.Module, pool: nn.Module, x: Ten
         layers = [unit.Layer(conv, bn, act)]
         if unit.trainable(layers) and x.dim() == 4:
             return unit.train(layers, x, max_pool=HALVING)
+        unit.forget_sharded(conv, bn)
         run = None if uses_batch_statistics(bn) else prepared(conv, bn, x, None, act, max_pool=True)
         if run is not None:
             return run(x, None, None)

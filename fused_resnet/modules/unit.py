@@ -75,6 +75,17 @@ def forget(module: nn.Module) -> None:
     forget_folded(module)
 
 
+def forget_sharded(*modules: nn.Module) -> None:
+    """`forget` those that FSDP manages: it gathers their parameters anew for each forward pass, to memory that may be
+    the same, and hides that from the version counters.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for module in modules:
+        if "_is_fsdp_managed_module" in vars(module):
+            forget(module)
+
+
 class FusedModule(nn.Module):
     """Base of the modules that run their children fused: drops derived values whenever the mode is set."""
 
@@ -135,6 +146,7 @@ def conv_bn_act(
         return bn_act(bn, conv(x), residual, act)
     if uses_batch_statistics(bn):
         return train([Layer(conv, bn, act)], x, residual=residual)
+    forget_sharded(conv, bn)
     run = prepared(conv, bn, x, residual, act)
     if run is not None:
         return run(x, residual, residual if overwrite else None)
@@ -162,6 +174,7 @@ def fused_bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None, act: str) ->
         return _activate(y, act)
     if uses_batch_statistics(bn):
         return train([Layer(None, bn, act)], x, residual=residual)
+    forget_sharded(bn)
     scale, shift = folded(bn)
     return ops.scale_act(x, scale, shift, residual=residual, act=act)
 

@@ -227,12 +227,12 @@ class Backward(_Passes):
         ):
             found[i] = sums.to(parameters[i].dtype) if needs[i] else None
 
-    def _over_all(self, x: Tensor, *sums: Tensor | None) -> list[Tensor | None]:
-        """The sums over all processes, scaled for a division by this one's values."""
+    def _over_all(self, i: int, x: Tensor, *sums: Tensor | None) -> list[Tensor | None]:
+        """The sums of batch norm i, of x, over all processes, scaled for a division by this one's values."""
         if not self.form.group:
             return list(sums)
         present = [t for t in sums if t is not None]
-        found = synchronise.summed(present, values(x), self.totals[0], self.form.group)
+        found = synchronise.summed(present, values(x), self.totals[i], self.form.group)
         return [*found, *sums[len(present) :]]
 
     def _behind_end(self, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -263,7 +263,7 @@ class Backward(_Passes):
         self._note(i, *sums[:2])
         if residual_norm is not None:
             self._note(-1, sums[2], sums[1])
-        sums = self._over_all(x, *sums)
+        sums = self._over_all(i, x, *sums)
         if not needed or x.numel() == 0:
             return grad, arriving if residual_norm is None else grad
         d_z, d_residual = self.norm_backend(x).norm_act_input_grad(grad, x, norm, *source, *sums, float(values(x)))
@@ -278,7 +278,7 @@ class Backward(_Passes):
         if x.numel():
             g, *sums = self.norm_backend(x).norm_act_max_pool2d_reduce(grad, *pool)
         self._note(len(self.norms) - 1, *sums)
-        sums = self._over_all(x, *sums)
+        sums = self._over_all(len(self.norms) - 1, x, *sums)
         if not needed or x.numel() == 0:
             return x
         return self.norm_backend(x).norm_act_max_pool2d_input_grad(grad, *pool, g, *sums, float(values(x)))
@@ -290,7 +290,7 @@ class Backward(_Passes):
         if x.numel():
             _, *sums = self.norm_backend(x).norm_act_reduce(grad, x, norm, *source, False)[:3]
         self._note(i, *sums)
-        sums = self._over_all(x, *sums)
+        sums = self._over_all(i, x, *sums)
         if not self.writes[i] or x.numel() == 0:
             return grad
         return self.norm_backend(x).norm_act_input_grad(grad, x, norm, *source, *sums, None, float(values(x)))[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_resnet.ops import checks
 from fused_resnet.ops.block import run_block
 from fused_resnet.ops.block_passes import Form, Inputs
-from fused_resnet.ops.conv_args import geometry
+from fused_resnet.ops.conv_args import geometry, normalise
 from fused_resnet.ops.running import update_running_statistics
 
 
@@ -79,6 +79,8 @@ def residual_block(
         raise ValueError(f"{op}: units must be one batch norm, or convolutions with theirs, got {len(units)} units")
     if (residual is not None) + (projection is not None) + add_input + bool(max_pool) > 1:
         raise ValueError(f"{op}: give one of residual, projection, add_input and max_pool")
+    if units[0].padding == "same" and units[0].weight is not None and projection is None and not add_input:
+        x, units = _padded(op, x, units)
     size, convs = tuple(x.shape), []
     for unit in units:
         size, args = _checked(op, x, size, unit, group)
@@ -95,6 +97,13 @@ def residual_block(
         checks.check_same_dtype(op, x, residual=residual)
     checks.check_residual(op, residual, size)
     return train(x, units, convs, residual, projection, add_input, max_pool, lean, group, backend)
+
+
+def _padded(op: str, x: Tensor, units: Sequence[Unit]) -> tuple[Tensor, list[Unit]]:
+    """x and the units, the first's padding "same" worked out: lopsided, it is in part x's."""
+    first = units[0]
+    x, args = normalise(op, x, first.weight, first.stride, first.padding, first.dilation, first.groups)
+    return x, [first._replace(padding=args.padding), *units[1:]]
 
 
 def _checked(op: str, x: Tensor, size: tuple, unit: Unit, group: str) -> tuple[tuple, list]:

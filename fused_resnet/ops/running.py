@@ -20,7 +20,7 @@ def update_running_statistics(units: Sequence, mean: list[Tensor], var: list[Ten
     running, found, weights = [], [], []
     for unit, batch_mean, batch_var, count in zip(units, mean, var, counts, strict=True):
         if isinstance(count, Tensor):  # of several processes, and maybe on a GPU: it is not looked at
-            weight, unbiased = unit.momentum * (count > 0), (count / (count - 1).clamp(min=1)).to(batch_var.dtype)
+            weight, unbiased = unit.momentum * count.sign(), (count / (count - 1).clamp(min=1)).to(batch_var.dtype)
         elif count:
             weight, unbiased = unit.momentum, count / (count - 1)
         else:

@@ -21,9 +21,10 @@ def merged_moments(mean: Tensor, var: Tensor, count: int, group: str) -> tuple[T
     """
     processes = _group(group)
     own = torch.cat([mean.double(), var.double() * count, mean.new_full((1,), count, dtype=torch.float64)])
-    found = own.new_empty(processes.size(), len(own))
-    dist.all_gather_into_tensor(found, own, processes)
-    means, m2, counts = found.split([len(mean), len(mean), 1], dim=1)
+    found = own.new_empty(processes.size() * len(own))  # flat: gloo takes no other shape
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(found, own, processes)
+    means, m2, counts = found.view(-1, len(own)).split([len(mean), len(mean), 1], dim=1)
     total = counts.sum()
     least = total.clamp(min=1)
     merged = (means * (counts / least)).sum(0)
