@@ -8,12 +8,23 @@ from functools import cache
 import pytest
 import torch
 from emulator import build
+from problems import PLANES
 from torch import Tensor
 
 from fused_resnet.backends.cpu import extension_missing
 
 IN_EMULATOR = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if IN_EMULATOR else "cuda")
+
+
+# Beside those of every operator: several tiles of rows, several of channels, and batches without a map.
+SHAPES = PLANES | {
+    "tiles": (3, 40, 31, 29),
+    "channel_tiles": (2, 528, 5, 3),
+    "odd_channel_tiles": (2, 37, 7, 5),
+    "many_images": (1500, 8, 1, 1),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
 
 @cache

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from cuda_kernels import DEVICE, IN_EMULATOR, library
+from cuda_kernels import DEVICE, FENCES, IN_EMULATOR, library, placed
 
 pytestmark = pytest.mark.skipif(bool(library()), reason=library() or "it is there")
 
@@ -214,6 +214,19 @@ def test_cuda_arguments_that_are_good(good):
     operator(good)(**args)
     for name, t in written(good, args).items():
         assert t.isfinite().all(), name
+
+
+@pytest.mark.skipif(not IN_EMULATOR, reason="a GPU's memory has no such pages")
+@goods
+@pytest.mark.parametrize("at", FENCES)
+def test_cuda_arguments_and_nothing_beside_them(at, good):
+    """Each tensor at a page that cannot be touched, which changes no bit."""
+    args = good()
+    fenced = {name: placed(t, at) if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+    for call in (args, fenced):
+        operator(good)(**call)
+    for name, t in written(good, fenced).items():
+        assert torch.equal(t, args[name]), name
 
 
 def test_cuda_arguments_every_operator_is_in_the_table():

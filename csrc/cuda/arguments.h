@@ -150,7 +150,7 @@ class Arguments {
   }
 
  private:
-  // The plain numbers of the C interface, each of which is a call: there are up to eleven tensors to a launch.
+  // The plain numbers of the C interface, each of which is a call: there are up to eighteen tensors to a launch.
   struct Layout {
     std::int64_t dim, *sizes, *strides;
 

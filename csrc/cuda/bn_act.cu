@@ -120,11 +120,6 @@ void backward(const Gradient& gradient, std::int64_t tile_rows, const Finish& fi
   });
 }
 
-template <class T>
-T* output(T*, const std::optional<Tensor>& t) {
-  return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
-}
-
 void apply(const Normed& source, std::int64_t act, const Tensor& out, const std::optional<Tensor>& mask) {
   const Tensor& x = source.x;
   const Launcher launch(x);
@@ -132,7 +127,7 @@ void apply(const Normed& source, std::int64_t act, const Tensor& out, const std:
     using T = decltype(t);
     with_width<T>(x.size(1), [&](auto width) {
       auto in = bn_args<T>(source, act);
-      in.out = static_cast<T*>(out.mutable_data_ptr());
+      write_to(in.out, out);
       in.mask = mask_bytes(mask);
       const RowGrid grid(x.numel() / x.size(1), x.size(1), width());
       with_limited_act(act, [&](auto code) {
@@ -151,10 +146,8 @@ void bn_apply(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, s
               std::optional<Tensor> residual, std::optional<Tensor> residual_mean, std::optional<Tensor> residual_var,
               std::optional<Tensor> residual_weight, std::optional<Tensor> residual_bias, double residual_eps,
               std::int64_t act, Tensor y, std::optional<Tensor> mask) {
-  const Normed source{x,
-                      {mean, var, weight, bias, eps},
-                      residual,
-                      {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}};
+  const Norm residual_norm{residual_mean, residual_var, residual_weight, residual_bias, residual_eps};
+  const Normed source{x, {mean, var, weight, bias, eps}, residual, residual_norm};
   const Arguments args("bn_apply", x);
   source.check(args);
   args.activation(act);
@@ -179,21 +172,15 @@ void bn_reduce(Tensor dy, Tensor x, Tensor mean, Tensor var, std::optional<Tenso
                std::optional<Tensor> residual_var, std::optional<Tensor> residual_weight,
                std::optional<Tensor> residual_bias, double residual_eps, std::int64_t act, std::optional<Tensor> y,
                std::optional<Tensor> mask, std::int64_t tile_rows, Tensor partials, std::optional<Tensor> g) {
-  const Gradient gradient{dy,
-                          {x,
-                           {mean, var, weight, bias, eps},
-                           residual,
-                           {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}},
-                          act,
-                          y,
-                          mask};
+  const Norm residual_norm{residual_mean, residual_var, residual_weight, residual_bias, residual_eps};
+  const Gradient gradient{dy, {x, {mean, var, weight, bias, eps}, residual, residual_norm}, act, y, mask};
   const Arguments args("bn_reduce", x);
   gradient.check(args);
   args.partials(partials, x, tile_rows, gradient.source.has_residual_norm() ? 3 : 2);
   args.like(g, x, "g");
   backward(gradient, tile_rows, [&](auto& in) {
     in.partials = floats(partials);
-    in.out = output(in.out, g);
+    write_to(in.out, g);
   });
 }
 
@@ -203,14 +190,8 @@ void bn_input_grad(Tensor dy, Tensor x, Tensor mean, Tensor var, std::optional<T
                    std::optional<Tensor> residual_weight, std::optional<Tensor> residual_bias, double residual_eps,
                    std::int64_t act, std::optional<Tensor> y, std::optional<Tensor> mask, Tensor dweight, Tensor dbias,
                    std::optional<Tensor> dresidual_weight, double count, Tensor dx, std::optional<Tensor> dresidual) {
-  const Gradient gradient{dy,
-                          {x,
-                           {mean, var, weight, bias, eps},
-                           residual,
-                           {residual_mean, residual_var, residual_weight, residual_bias, residual_eps}},
-                          act,
-                          y,
-                          mask};
+  const Norm residual_norm{residual_mean, residual_var, residual_weight, residual_bias, residual_eps};
+  const Gradient gradient{dy, {x, {mean, var, weight, bias, eps}, residual, residual_norm}, act, y, mask};
   const ChannelGradients channels{dweight, dbias, dresidual_weight, count};
   const Arguments args("bn_input_grad", x);
   gradient.check(args);
@@ -223,8 +204,8 @@ void bn_input_grad(Tensor dy, Tensor x, Tensor mean, Tensor var, std::optional<T
   }
   backward(gradient, 0, [&](auto& in) {
     channels.hand_to(in);
-    in.out = output(in.out, dx);
-    in.dresidual = output(in.dresidual, dresidual);
+    write_to(in.out, dx);
+    write_to(in.dresidual, dresidual);
   });
 }
 

@@ -41,7 +41,12 @@ BnArgs<T> bn_args(const Normed& source, std::int64_t act) {
   return in;
 }
 
-// Of the channels' gradients, as the second pass reads them.
+template <class T>
+void write_to(T*& pointer, const std::optional<Tensor>& t) {
+  pointer = t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+}
+
+// The gradients of the channels' vectors, as the second pass reads them.
 struct ChannelGradients {
   Tensor dweight, dbias;
   std::optional<Tensor> dresidual_weight;

@@ -142,7 +142,7 @@ void max_pool(Tensor x, std::vector<std::int64_t> geometry, Tensor out, std::opt
     using T = decltype(t);
     with_width<T>(x.size(1), [&](auto width) {
       auto in = bn_args<T>({.x = x}, kNone);
-      in.out = static_cast<T*>(out.mutable_data_ptr());
+      write_to(in.out, out);
       launch_max_pool<false, T, width()>(launch, in, pool, argmax_bytes(argmax),
                                          RowGrid(rows_of(out), x.size(1), width()));
     });
@@ -162,7 +162,7 @@ void bn_max_pool(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight
     using T = decltype(t);
     with_width<T>(x.size(1), [&](auto width) {
       auto in = bn_args<T>(source, act);
-      in.out = static_cast<T*>(out.mutable_data_ptr());
+      write_to(in.out, out);
       launch_max_pool<true, T, width()>(launch, in, pool, argmax_bytes(argmax),
                                         RowGrid(rows_of(out), x.size(1), width()));
     });
@@ -209,7 +209,7 @@ void bn_max_pool_input_grad(Tensor dy, Tensor argmax, std::vector<std::int64_t> 
   args.like(dx, x, "dx");
   backward(dy, argmax, pool, source, act, 0, [&](auto& in) {
     channels.hand_to(in);
-    in.out = static_cast<decltype(in.out)>(dx.mutable_data_ptr());
+    write_to(in.out, dx);
   });
 }
 
