@@ -4,7 +4,6 @@ import pytest
 import torch
 from cuda_kernels import DEVICE, SHAPES, library
 from problems import (
-    ACTS,
     EXACT_ACTS,
     LAYOUTS,
     PLANES,
@@ -181,10 +180,9 @@ def test_cuda_norm_act_two_times(residual, shape, dtype):
 @pytest.mark.parametrize("channels", [17, 16])
 def test_cuda_norm_act_every_act(channels, residual, act, dtype):
     tensors, normed = problem((3, channels, 5, 3), dtype, residual), residual == "normed"
-    for slope in slopes_of(act, residual):
-        for written in (False, True):
-            fused_options = {"slope": slope, "written": written}
-            compare_with_eager(norm_act, eager_norm_act, tensors, act, fused_options=fused_options, normed=normed)
+    for slope, written in (("again", True), *((slope, False) for slope in slopes_of(act, residual))):
+        fused_options = {"slope": slope, "written": written}
+        compare_with_eager(norm_act, eager_norm_act, tensors, act, fused_options=fused_options, normed=normed)
     plain = {name: t if t.dim() == 4 else None for name, t in tensors.items()}
     compare_with_eager(norm_act, eager_norm_act, plain, act, normed=normed)
 
@@ -276,16 +274,14 @@ def test_cuda_norm_act_gradient_passes_nan(slope, residual):
 
 def everything(x, weight, bias, residual, residual_weight, residual_bias, grad):
     found, count = [], float(x.numel() // x.shape[1])
-    for act in ACTS:
-        norm = Norm(*training.moments(x), weight, bias, 1e-5)
-        other = Norm(*training.moments(residual), residual_weight, residual_bias, 1e-5)
-        found += [*norm[:2], training.scale_act(x, weight, bias, residual, act)]
-        for residual_norm in (None, other):
-            source = (x, norm, residual, residual_norm, act)
-            y, mask = training.norm_act(*source)
-            g, *sums = training.norm_act_reduce(grad, *source, None, mask, act == "silu")
-            found += [y, mask, g, *sums]
-            found += training.norm_act_input_grad(grad, *source, None, mask, *sums, count)
+    norm = Norm(*training.moments(x), weight, bias, 1e-5)
+    other = Norm(*training.moments(residual), residual_weight, residual_bias, 1e-5)
+    found += [*norm[:2], training.scale_act(x, weight, bias, residual, "silu")]
+    for act, residual_norm in (("none", other), ("relu6", None), ("relu", other), ("silu", None), ("silu", other)):
+        source = (x, norm, residual, residual_norm, act)
+        y, mask = training.norm_act(*source)
+        g, *sums = training.norm_act_reduce(grad, *source, None, mask, act == "silu")
+        found += [y, mask, g, *sums, *training.norm_act_input_grad(grad, *source, None, mask, *sums, count)]
     return [t for t in found if t is not None]
 
 
