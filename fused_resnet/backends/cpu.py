@@ -395,5 +395,3 @@ def convolve(x, norm, act, weight, bias, args) -> Tensor:
 def conv_moments(x, norm, act, weight, bias, args):
     z = convolve(x, norm, act, weight, bias, args)
     return z, *moments(z)
-
-

@@ -181,19 +181,28 @@ def prepare_conv_scale_act_max_pool2d(x, weight, scale, shift, args, act):
 
 
 def conv_moments(x, norm, act, weight, bias, args):
-    """The general convolution takes the moments of what it writes; behind the special ones they are a pass more."""
+    z, *partials = _convolution(x, norm, act, weight, bias, args)
+    return z, *(training.merged_moments(z, *partials) if partials else training.moments(z))
+
+
+def convolve(x, norm, act, weight, bias, args) -> Tensor:
+    """The same launch, so that what is computed again is what it was, to the bit."""
+    return _convolution(x, norm, act, weight, bias, args)[0]
+
+
+def _convolution(x, norm, act, weight, bias, args) -> tuple:
+    """Its output and, of the general convolution, which takes the moments of what it writes, those of its tiles."""
     x = _activated(x, norm, act)
     problem = Problem.of("conv_scale_act", x, weight, args, None, "none")
     family, config = candidates(problem, x.device)[0]
     if family is implicit_gemm.FAMILY:
-        z, *partials = implicit_gemm.with_moments(x, weight, bias, args)
-        return z, *training.merged_moments(z, *partials)
+        return implicit_gemm.with_moments(x, weight, bias, args)
     z, ones = empty(problem.output, x), torch.ones(weight.shape[0], device=x.device)
     # The weight has just changed, whether its version says so or not: no packed form of it is kept.
     weights = aligned(family.pack(weight.detach(), problem, config))
     shift = torch.zeros_like(ones) if bias is None else vector(bias)
     family.run(problem, config, x, weights, ones, shift, None, z)
-    return z, *training.moments(z)
+    return (z,)
 
 
 def _activated(x, norm, act):
