@@ -205,22 +205,21 @@ def forward_and_sums(x, norm):
 @pytest.mark.parametrize("act", ["relu", "silu"])
 def test_norm_act_spoils_no_other_channel(act, added):
     """NaN and infinities in x, the residual and the gradient."""
-    tensors = problem((2, 17, 5, 3), torch.float32, added) | {"grad": torch.randn(2, 17, 5, 3).to(DEVICE)}
+    tensors, grad = problem((2, 17, 5, 3), torch.float32, added), torch.randn(2, 17, 5, 3).to(DEVICE)
 
     def everything():
-        grad, *given = (tensors.get(name) for name in ("grad", "x", "residual"))
-        found = NormAct.apply(*(t.requires_grad_() for t in leaves.values()), *[None] * (6 - len(leaves)), act, False)
-        return found.detach(), *torch.autograd.grad(found, [leaves[n] for n in leaves], grad)
+        """The output and the gradients, of x first."""
+        leaves = [t.clone().requires_grad_() for t in tensors.values()]
+        y = fused_norm_act(*leaves, act=act)
+        return y.detach(), *torch.autograd.grad(y, leaves, grad)
 
-    leaves = {name: t.clone() for name, t in tensors.items() if name != "grad"}
     clean = everything()
-    leaves = {name: t.detach().clone() for name, t in leaves.items()}
-    leaves["x"][0, :3, 1, 2] = torch.tensor([NAN, INF, -INF])
+    tensors["x"][0, :3, 1, 2] = torch.tensor([NAN, INF, -INF])
     if added != "nothing":
-        leaves["residual"][1, 3, 4, 0] = NAN
-    tensors["grad"][0, 4, 2, 2] = INF
+        tensors["residual"][1, 3, 4, 0] = NAN
+    grad[0, 4, 2, 2] = INF
     found = everything()
-    for spoilt in found[:2]:  # the output and the gradient of x
+    for spoilt in found[:2]:
         assert not spoilt[:, :3].isfinite().any()
     for one, other in zip(found, clean, strict=True):
         channel = 1 if one.dim() == 4 else 0

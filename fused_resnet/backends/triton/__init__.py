@@ -1,4 +1,5 @@
-"""Triton: one launch a convolution with scale, shift, residual and activation, on NVIDIA GPUs from sm_80 on.
+"""Triton, on NVIDIA GPUs from sm_80 on: one launch a convolution with scale, shift, residual and activation; in
+training batch norm, and convolutions that take the moments of their output.
 
 With TRITON_INTERPRET=1 it takes CPU tensors instead, and runs the same kernels in Triton's interpreter: slowly, to test
 them. Triton itself is imported with the first kernel.
@@ -26,8 +27,7 @@ from fused_resnet.backends.tunable import capability as capability
 
 NAME = "triton"
 
-# Operators with one way to run them; the last two are the names of norms and of convolutions in training. Then those
-# with families of kernels.
+# Operators with one way to run them; "bn_act" and "conv_bn_act" are what the selection calls training.
 OPERATORS = ("add_act_backward", "max_pool2d", "bn_act", "conv_bn_act")
 OPS = ("conv_scale_act", POOLED, "scale_act", "add_act", *OPERATORS)
 

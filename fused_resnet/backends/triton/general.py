@@ -166,24 +166,10 @@ def launches(
     (_, c, h, w), (k, group_c, r, s), (p, q) = problem.x, problem.weight, problem.size
     m, group_k = pixels(problem.output), k // problem.groups
     tiles_n = cdiv(group_k, block_n)
-    training = (*partials, *on_load[:3])
     args = (
-        x,
-        weights,
-        out if residual is None else residual,
-        out,
-        scale,
-        shift,
-        *training,
-        m,
-        h,
-        w,
-        p,
-        q,
-        c,
-        k,
-        tiles_n,
-    )
+        x, weights, out if residual is None else residual, out, scale, shift, *partials, *on_load[:3],
+        m, h, w, p, q, c, k, tiles_n,
+    )  # fmt: skip
     constants = {
         "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
         "PAD_H": problem.padding[0], "PAD_W": problem.padding[1],

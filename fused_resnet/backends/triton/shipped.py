@@ -217,7 +217,7 @@ NORMS = (
 )
 # And whether a norm is applied on load.
 CONVOLUTIONS = (
-    (conv((256, 64, 56, 56), 256, 1, act="none"), True),
+    (conv((256, 256, 14, 14), 1024, 1, act="none"), True),
     (conv((256, 256, 56, 56), 64, 1, act="none"), False),
     (conv((256, 128, 28, 28), 128, 3, act="none"), False),
     (conv((256, 3, 224, 224), 64, 7, stride=2, act="none"), False),
