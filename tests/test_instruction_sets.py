@@ -12,8 +12,8 @@ from fused_resnet.backends.cpu import extension_missing
 
 SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 FILES = (
-    "test_add_act", "test_bn_act", "test_conv_scale_act", "test_conv_bn_act", "test_inference", "test_max_pool2d",
-    "test_norm_act", "test_norm_act_max_pool2d",
+    "test_add_act", "test_bn_act", "test_conv_scale_act", "test_conv_bn_act", "test_conv_wgrad", "test_inference",
+    "test_max_pool2d", "test_norm_act", "test_norm_act_max_pool2d",
 )  # fmt: skip
 CHOSEN = "two_times or exact or inference or max_pool2d"
 HERE = Path(__file__).parent

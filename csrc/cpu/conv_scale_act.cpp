@@ -118,17 +118,6 @@ void run(const ConvShape& g, const ConvArgs& args) {
 }
 #endif
 
-// Offsets of a dense channels_last tensor are computed, not read from its strides.
-bool is_channels_last(const Tensor& t) {
-  const auto size = t.sizes(), stride = t.strides();
-  int64_t expected = 1;
-  for (int dim : {1, 3, 2, 0}) {
-    if (size[dim] != 1 && stride[dim] != expected) return false;
-    expected *= size[dim];
-  }
-  return true;
-}
-
 bool same_shape(const Tensor& a, const Tensor& b) {
   const auto x = a.sizes(), y = b.sizes();
   return a.scalar_type() == b.scalar_type() && x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <utility>
 
+#include "cpu/conv.h"
 #include "cpu/conv_wgrad_plan.h"
 #include "cpu/elementwise.h"
 #include "cpu/memory.h"
@@ -19,15 +20,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kChunkChannels = 256;    // of dy, packed at once
-constexpr int64_t kBandBytes = 512 << 10;  // of dy and x, half of L2
-constexpr int64_t kSlabBytes = 24 << 10;   // of packed x, two thirds of L1
-constexpr int64_t kSlabPixels = 96;        // fewer would load and store the accumulators too often
-constexpr int64_t kFoldPixels = 96;
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+constexpr int64_t kChunkChannels = 512;  // of dy, packed at once
+constexpr int64_t kBandBytes =
+    512 << 10;  // of dy and x in a band: the next band's and the packed dy lie in L2 beside them
+constexpr int64_t kSlabBytes = 24 << 10;  // of packed x: half of L1
+constexpr int64_t kSlabPixels = 96;       // fewer would load and store the accumulators too often
+constexpr int64_t kFoldPixels = 96;       // of 160 floats in a stem
 
 int64_t panel_width() {
   return FUSED_RESNET_PICK(kWgradPanel);
@@ -160,17 +158,6 @@ void run(const WgradShape& g, const WgradArgs& args) {
              part_floats);
     }
   });
-}
-
-// Offsets of a dense channels_last tensor are computed, not read from its strides.
-bool is_channels_last(const Tensor& t) {
-  const auto size = t.sizes(), stride = t.strides();
-  int64_t expected = 1;
-  for (int dim : {1, 3, 2, 0}) {
-    if (size[dim] != 1 && stride[dim] != expected) return false;
-    expected *= size[dim];
-  }
-  return true;
 }
 
 bool is_vector(const std::optional<Tensor>& t, int64_t size) {

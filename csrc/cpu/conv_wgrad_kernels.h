@@ -3,7 +3,9 @@
 constexpr std::int64_t kWgradPanel = 2 * kLanes;             // input channels of a tile
 constexpr std::int64_t kWgradBlock = kLanes == 16 ? 14 : 6;  // output channels of a tile, at most
 constexpr std::int64_t kWgradCopy = kLanes == 16 ? 16 : 8;   // floats that are copied for a block of a pixel
+constexpr std::int64_t kWgradGroup = 16;                     // pixels of which dy is packed block by block
 
+// Pixels that lie side by side in the packed x.
 struct WgradRun {
   std::int64_t offset, pixels;
 };
@@ -105,16 +107,19 @@ struct WgradPacker {
   // [blocks][pixels][channels of the block] of the pixels [begin, end). Copies are of one length; what is too much is
   // written over by the next pixel, or falls between the blocks.
   void pack_dy(const std::int64_t* blocks, std::int64_t count, std::int64_t begin, std::int64_t end, float* to) const {
-    const std::int64_t pixels = end - begin, all = g.n * g.p * g.q * g.k;
-    for (std::int64_t i = begin; i < end; ++i) {
+    const std::int64_t pixels = end - begin, last = g.n * g.p * g.q * g.k - kWgradCopy;
+    for (std::int64_t first = begin; first < end; first += kWgradGroup) {
       float* block = to;
       for (std::int64_t b = 0; b < count; ++b) {
-        const std::int64_t height = blocks[b + 1] - blocks[b], at = i * g.k + blocks[b];
-        float* out = block + (i - begin) * height;
-        if (at + kWgradCopy <= all)
-          copy_block(args.dy + at, out);
-        else
-          std::memcpy(out, args.dy + at, height * sizeof(float));
+        const std::int64_t height = blocks[b + 1] - blocks[b];
+        float* out = block + (first - begin) * height;
+        for (std::int64_t i = first; i < std::min(end, first + kWgradGroup); ++i, out += height) {
+          const std::int64_t at = i * g.k + blocks[b];
+          if (at <= last)
+            copy_block(args.dy + at, out);
+          else
+            std::memcpy(out, args.dy + at, height * sizeof(float));
+        }
         block += pixels * height + kWgradCopy;
       }
     }
@@ -252,9 +257,9 @@ inline void wgrad_finish(const WgradShape& g, const WgradArgs& args, std::int64_
   }
 }
 
-// Chunks of output channels, bands of rows, panels of input channels, slabs of rows, blocks of output channels, taps:
-// dy of a chunk and band stays in L2, x of a panel and slab in L1, both packed. What the next band reads is fetched by
-// the tiles of this one.
+// A thread's part: chunks of output channels, bands of rows, panels of input channels, slabs of rows, blocks of output
+// channels, taps: dy of a chunk and band stays in L2, x of a panel and slab in L1, both packed. What the next band
+// reads is fetched by the tiles of this one.
 class WgradRunner {
  public:
   WgradRunner(const WgradShape& shape, const WgradArgs& arguments, const WgradPlan& whole, const WgradTask& part)
@@ -283,6 +288,11 @@ class WgradRunner {
   }
 
  private:
+  struct Piece {
+    WgradFetch fetch;
+    std::int64_t bytes;
+  };
+
   std::int64_t band_row(std::int64_t i) const { return task.row_begin + (task.row_end - task.row_begin) * i / bands; }
 
   void run_panel(std::int64_t panel) {
@@ -293,13 +303,13 @@ class WgradRunner {
         packer.pack_x(panel, from, to, task.x);
       else if (panel == task.panel_begin)
         packer.fold_x(from, to, pixel_floats, task.x);
-      run_tiles(panel, from, sums, band + slab > 0);
+      run_tiles(panel, from, (to - from) * g.q, sums, band + slab > 0);
     }
     for (std::int64_t b = 0; b < count && task.finish && band + 1 == bands; ++b)
       wgrad_finish(g, args, blocks[b], blocks[b + 1] - blocks[b], panel, sums + blocks[b] * g.taps * kWgradPanel, 1, 0);
   }
 
-  void run_tiles(std::int64_t panel, std::int64_t from, float* sums, bool add) {
+  void run_tiles(std::int64_t panel, std::int64_t from, std::int64_t pixels, float* sums, bool add) {
     constexpr auto kHeights = std::make_integer_sequence<int, kWgradBlock>();
     const bool wide = g.channels - panel * kWgradPanel > kLanes;
     const float* x = task.x + (g.fold ? panel * kWgradPanel : 0);
@@ -312,36 +322,55 @@ class WgradRunner {
       for (std::int64_t tap = 0; tap < g.taps; ++tap) {
         const std::int64_t shift =
             g.fold ? 0 : (tap / g.s * g.dilation_h * g.columns + tap % g.s * g.dilation_w) * kWgradPanel;
+        advance_fetch(pixels);
         tile(x + shift, x_step, dy + (from - begin) * g.q * height, runs, runs + packer.runs.size(), fetch,
              sums + (blocks[b] * g.taps + tap * height) * kWgradPanel, add);
-        if (--dy_tiles == 0) fetch = fetch_x;
       }
       dy += (end - begin) * g.q * height + kWgradCopy;
     }
   }
 
-  // The dy of the next band or chunk, then its x.
+  // What the next band or chunk reads: its dy, then its x, which is one piece unless rows or columns are passed over.
   void plan_fetches(std::int64_t chunk) {
+    pieces.clear();
     fetch = {reinterpret_cast<const char*>(task.x), 0, 1, 0, 0};
-    dy_tiles = -1;
     std::int64_t next = band + 1;
     if (next == bands && ++chunk == task.chunk_end) return;
     next %= bands;
     const std::int64_t first = band_row(next), last = band_row(next + 1);
     const std::int64_t channel = plan.blocks[plan.chunks[chunk]];
-    const std::int64_t bytes = (plan.blocks[plan.chunks[chunk + 1]] - channel) * sizeof(float);
-    const std::int64_t tiles = (task.panel_end - task.panel_begin) * count * g.taps * slabs;
-    const std::int64_t visits = tiles / slabs * (end - begin) * g.q;
+    const std::int64_t channels = plan.blocks[plan.chunks[chunk + 1]] - channel;
+    add_piece(args.dy + first * g.q * g.k + channel, (last - first) * g.q, channels, g.k);
     const auto input = [&](std::int64_t row, std::int64_t y) {
-      return (row / g.p * g.h + std::clamp<std::int64_t>(row % g.p * g.stride_h - g.pad_h + y, 0, g.h)) * g.w * g.c;
+      const std::int64_t at = std::clamp<std::int64_t>(row % g.p * g.stride_h - g.pad_h + y, 0, g.h);
+      return args.x + (row / g.p * g.h + at) * g.w * g.c;
     };
-    const std::int64_t from = input(first, 0), to = g.source_h * g.source_w == 1 ? input(last - 1, g.span_h) : from;
-    const std::int64_t dy_bytes = (last - first) * g.q * bytes, x_bytes = (to - from) * sizeof(float);
-    const std::int64_t step = std::min<std::int64_t>(64, (dy_bytes + x_bytes) / visits + 1);
-    fetch = {reinterpret_cast<const char*>(args.dy + first * g.q * g.k + channel), step, bytes, bytes,
-             g.k * std::int64_t{sizeof(float)} - bytes};
-    fetch_x = {reinterpret_cast<const char*>(args.x + from), step, x_bytes + 1, x_bytes, 0};
-    dy_tiles = tiles * dy_bytes / (dy_bytes + x_bytes);
+    if (g.source_h * g.source_w == 1)
+      add_piece(input(first, 0), 1, input(last - 1, g.span_h) - input(first, 0), 0);
+    else
+      for (std::int64_t row = first; row < last; ++row)
+        add_piece(input(row, 0), g.w / g.source_w, g.c, g.source_w * g.c);
+    std::int64_t bytes = 0;
+    for (const Piece& piece : pieces)
+      bytes += piece.bytes;
+    const std::int64_t visits = (task.panel_end - task.panel_begin) * count * g.taps * (end - begin) * g.q;
+    fetch.step = std::min<std::int64_t>(64, bytes / visits + 1);
+    piece_left = next_piece = 0;
+  }
+
+  void add_piece(const float* from, std::int64_t rows, std::int64_t floats, std::int64_t pitch) {
+    const std::int64_t bytes = floats * sizeof(float), apart = pitch * sizeof(float);
+    pieces.push_back({{reinterpret_cast<const char*>(from), 0, bytes, bytes, apart - bytes}, rows * bytes});
+  }
+
+  // Goes on to the next piece where the last one is done, and to nothing behind all of them.
+  void advance_fetch(std::int64_t pixels) {
+    if (piece_left <= 0 && fetch.step > 0) {
+      const std::int64_t step = next_piece < pieces.size() ? fetch.step : 0;
+      if (step > 0) fetch = pieces[next_piece].fetch, piece_left = pieces[next_piece++].bytes;
+      fetch.step = step;
+    }
+    piece_left -= pixels * fetch.step;
   }
 
   const WgradShape& g;
@@ -352,8 +381,10 @@ class WgradRunner {
   const std::int64_t pixel_floats, bands;
   const std::int64_t* blocks = nullptr;  // of this chunk
   std::int64_t count = 0, band = 0, begin = 0, end = 0, slabs = 0;
-  WgradFetch fetch, fetch_x;
-  std::int64_t dy_tiles = 0;  // that fetch dy; the others fetch x
+  std::vector<Piece> pieces;
+  WgradFetch fetch;
+  std::int64_t piece_left = 0;  // bytes
+  std::size_t next_piece = 0;
 };
 
 inline void wgrad_task(const WgradShape& g, const WgradArgs& args, const WgradPlan& plan, const WgradTask& task) {

@@ -171,6 +171,16 @@ Tensor empty_channels_last(std::vector<int64_t> size, ScalarType dtype) {
   return kept_memory(n * c * h * w * element_size(dtype), size, {h * w * c, 1, w * c, c}, dtype);
 }
 
+bool is_channels_last(const Tensor& t) {
+  const auto size = t.sizes(), stride = t.strides();
+  int64_t expected = 1;
+  for (int dim : {1, 3, 2, 0}) {
+    if (size[dim] != 1 && stride[dim] != expected) return false;
+    expected *= size[dim];
+  }
+  return true;
+}
+
 Tensor empty_packed(int64_t numel, ScalarType dtype, bool lasting) {
   const int64_t bytes = numel * element_size(dtype);
   if (!lasting) return kept_memory(bytes, {numel}, {1}, dtype);

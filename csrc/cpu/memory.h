@@ -15,6 +15,9 @@ namespace fused_resnet::cpu {
 // output cost 40 % of an inference.
 torch::stable::Tensor empty_channels_last(std::vector<int64_t> size, torch::headeronly::ScalarType dtype);
 
+// Whether a 4-d tensor is dense channels_last: offsets in one are computed, not read from its strides.
+bool is_channels_last(const torch::stable::Tensor& t);
+
 // An uninitialised vector: a lasting one side by side with its likes, for they are many and of every size; another one
 // in the same memory as outputs.
 torch::stable::Tensor empty_packed(int64_t numel, torch::headeronly::ScalarType dtype, bool lasting);

@@ -35,6 +35,7 @@ OPS = ("conv_scale_act", POOLED, "scale_act", "add_act", *OPERATORS)
 TRAINING = (
     "moments",
     "conv_moments",
+    "convolve",
     "norm_act",
     "norm_act_reduce",
     "norm_act_input_grad",

@@ -118,6 +118,22 @@ def norm_act_input_grad_launch(
 
 
 def conv_moments(x, norm, act, weight, bias, args):
+    z, partials, launches = _convolution(x, norm, act, weight, bias, args)
+    if partials is not None:
+        return z, *_merged(z, partials, *launches)
+    run_launches(launches, z.device)
+    return z, *moments(z)
+
+
+def convolve(x, norm, act, weight, bias, args) -> Tensor:
+    """The same launches, so that what is computed again is what it was, to the bit."""
+    z, _, launches = _convolution(x, norm, act, weight, bias, args)
+    run_launches(launches, z.device)
+    return z
+
+
+def _convolution(x, norm, act, weight, bias, args) -> tuple[Tensor, Partials | None, tuple[Launch, ...]]:
+    """The output, the partials of its moments where the kernel leaves them, and the launches."""
     x = ready(x)
     problem = Problem.of("conv_scale_act", x, weight, args, None, "none")
     family, config, on_load = in_training(problem, capability(x.device), norm is not None)
@@ -133,11 +149,7 @@ def conv_moments(x, norm, act, weight, bias, args):
     before, on_load = ((), None) if norm is None else _on_load(norm, act)
     also = {"partials": partials} if tiles else {}
     also |= {"on_load": on_load} if on_load else {}
-    launches = (*before, *family.launches(problem, config, x, weights, scale, shift, None, z, **also))
-    if partials is None:
-        run_launches(launches, x.device)
-        return z, *moments(z)
-    return z, *_merged(z, partials, *launches)
+    return z, partials, (*before, *family.launches(problem, config, x, weights, scale, shift, None, z, **also))
 
 
 def _on_load(norm, act: str) -> tuple[tuple[Launch, ...], tuple]:
