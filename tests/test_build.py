@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fused_resnet.backends import cpu
+from fused_resnet.backends.cpu import extension
 
 ROOT = Path(__file__).parent.parent
 WARNING = "*** fused_resnet: the compiled extension is not built: "
@@ -211,10 +212,10 @@ def test_install_without_extension_has_every_operator(checkout, tmp_path):
 def test_interface_number_is_the_same_in_both_languages():
     text = (ROOT / "csrc" / "ops.cpp").read_text()
     number = int(re.search(r"interface_number\(\) \{\n  return (\d+);", text)[1])
-    assert number == cpu.INTERFACE
+    assert number == extension.INTERFACE
     schemas = "".join(re.findall(r"m\.def\((.*?)\);", text, re.DOTALL))
     digest = hashlib.sha256(re.sub(r'["\s]', "", schemas).encode()).hexdigest()[:8]
-    assert (number, digest) == (6, "ab9ba20a"), "raise the number in csrc/ops.cpp and backends/cpu.py"
+    assert (number, digest) == (6, "ab9ba20a"), "raise the number in csrc/ops.cpp and backends/cpu/extension.py"
 
 
 def test_extension_is_built_where_a_compiler_is():
@@ -225,7 +226,7 @@ def test_extension_is_built_where_a_compiler_is():
 
 
 def test_extension_of_another_checkout_is_not_used(monkeypatch):
-    monkeypatch.setattr(cpu, "INTERFACE", cpu.INTERFACE + 1)
+    monkeypatch.setattr(extension, "INTERFACE", extension.INTERFACE + 1)
     cpu.extension_missing.cache_clear()
     try:
         reason = cpu.extension_missing()

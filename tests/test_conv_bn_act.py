@@ -27,7 +27,6 @@ from tolerances import assert_two_times
 
 from fused_resnet.backends import backend_report, cpu
 from fused_resnet.ops import conv_bn_act
-from fused_resnet.ops.conv_args import normalise
 
 poison = pytest.fixture(autouse=True)(poisoned)
 
@@ -79,7 +78,7 @@ def test_conv_bn_act_training_two_times(case, dtype, backend):
 @cases(TRAINING_CASES)
 def test_conv_bn_act_training_two_times_in_the_engine(case, dtype, monkeypatch):
     """Training leaves small maps to aten: here they run, forward and input gradient, in csrc/cpu's convolution."""
-    monkeypatch.setattr(cpu, "_engine_pays", lambda size, dtype, args: cpu.engine_takes(dtype, args))
+    monkeypatch.setattr(cpu.training, "_engine_pays", lambda size, dtype, args: cpu.engine_takes(dtype, args))
     tensors = problem(case, dtype)
     require("cpu", "conv_bn_act", tensors["x"], tensors["weight"], **case.geometry)
     compare_with_eager(

@@ -8,7 +8,8 @@ from problems import ACTS, CONV_CASES, EXACT_ACTS, LAYOUTS, ConvCase, cases, int
 from tolerances import assert_two_times
 
 from fused_resnet.backends import cpu, reference
-from fused_resnet.backends.cpu import ACT_CODES, channels_last, extension_missing
+from fused_resnet.backends.cpu.extension import ACT_CODES, extension_missing
+from fused_resnet.backends.reference import channels_last
 from fused_resnet.ops.conv_args import normalise
 
 pytestmark = pytest.mark.skipif(bool(extension_missing()), reason=extension_missing() or "it is there")
@@ -176,7 +177,9 @@ def test_conv_wgrad_is_the_backends(layout):
     """convolution_backward takes inputs, gradients and weights as they lie."""
     dy, x, _, _, args = problem(TAIL, integers)
     weight = LAYOUTS[layout](torch.zeros(TAIL.weight))
-    found = cpu.convolution_backward(LAYOUTS[layout](dy), LAYOUTS[layout](x), weight, args, (False, True, True))
+    found = cpu.convolution_backward(
+        LAYOUTS[layout](dy), LAYOUTS[layout](x), None, "none", weight, args, (False, True, True), None
+    )
     expanded = layout == "expanded"
     dy, x = (LAYOUTS[layout](t) if expanded else t for t in (dy, x))
     truth = reference.convolution_backward(dy.double(), x.double(), weight.double(), args, (False, True, True))

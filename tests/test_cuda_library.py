@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fused_resnet.backends import cuda, sass
-from fused_resnet.backends.cpu import INTERFACE, extension_missing
+from fused_resnet.backends.cpu.extension import INTERFACE, extension_missing
 from fused_resnet.backends.cuda import compiled
 
 MISSING = extension_missing() or ("" if cuda.architectures() else "the extension was built without CUDA kernels")

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from problems import ACT_FUNCTIONS, ACTS, backends, compare_with_eager, dtypes, poisoned, require, run
 from tolerances import tolerance
+from torch.utils._pytree import tree_map_only
 
 from fused_resnet.backends import reference
 from fused_resnet.ops import Unit, block, residual_block
@@ -66,7 +67,7 @@ def units(form, tensors, act, inner):
                 padding=kernel // 2,
                 groups=groups,
                 act=act if last else "none" if i == len(convs) else inner,
-            )  # fmt: skip
+            )
         )
     return (found[:-1], found[-1]) if shortcut == "projected" else (found, None)
 
@@ -235,7 +236,11 @@ def test_residual_block_keeps_the_convolutions_outputs_alone():
     given = {t.data_ptr() for t in tensors.values()}
     for lean, planes in ((False, 8 + 8 + 32 + 32), (True, 8 + 8 + 32)):  # z1, z2, z3 and the output
         saved = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+
+        def keep(t, saved=saved):
+            return saved.setdefault(t.data_ptr(), t)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             fused("bottleneck", act="relu", lean=lean, backend="reference", **tensors)
         maps = sum(t.shape[1] for at, t in saved.items() if t.dim() == 4 and at not in given)
         assert maps == planes
@@ -265,7 +270,7 @@ def test_block_opcheck(form, dtype, lean, backend, monkeypatch):
     calls = {}
 
     def record(name, *args):
-        calls[name] = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+        calls[name] = tree_map_only(torch.Tensor, torch.Tensor.detach, list(args))
         return getattr(torch.ops.fused_resnet, name)(*args)
 
     monkeypatch.setattr(block, "call", record)
@@ -276,7 +281,7 @@ def test_block_opcheck(form, dtype, lean, backend, monkeypatch):
     y.backward(torch.randn_like(y))
     monkeypatch.undo()
     forward = calls["block"]
-    forward[0] = forward[0].requires_grad_()
+    forward[0].requires_grad_()
     torch.library.opcheck(torch.ops.fused_resnet.block.default, tuple(forward))
     torch.library.opcheck(torch.ops.fused_resnet.block_backward.default, tuple(calls["block_backward"]))
 
@@ -310,5 +315,5 @@ def test_residual_block_refuses(error):
     arguments = {"x": torch.ones(2, 3, 5, 5), "units": [Unit(torch.ones(4, 3, 1, 1))]} | changes
     with pytest.raises(ValueError, match=message):
         residual_block(arguments.pop("x"), arguments.pop("units"), **arguments)
-    with pytest.raises(TypeError, match="weight is torch.float16, but x is torch.float32"):
+    with pytest.raises(TypeError, match=r"weight is torch\.float16, but x is torch\.float32"):
         residual_block(torch.ones(2, 3, 5, 5), [Unit(torch.ones(4, 3, 1, 1).half())])

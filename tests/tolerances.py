@@ -103,7 +103,7 @@ def assert_two_times(
     floor: str = "floor_ulps",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """max|out - truth| <= 2 * max|eager - truth| + a few ulps of `dtype`, that of the computation (None: of `eager`)."""
+    """max|out - truth| <= 2 * max|eager - truth| + a few ulps of `dtype`, the computation's (None: of `eager`)."""
     assert truth.dtype == torch.float64, f"{what}: the truth must be fp64"
     assert out.shape == truth.shape == eager.shape, f"{what}: {out.shape}, {eager.shape}, {truth.shape}"
     assert out.dtype == eager.dtype, f"{what}: {out.dtype}, but eager gives {eager.dtype}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.config import Config
-from fused_resnet.backends.cpu import ACT_CODES
+from fused_resnet.backends.cpu.extension import ACT_CODES
 from fused_resnet.backends.cuda.family import MULTIPROCESSORS, WARPS, Family, cdiv, geometry
 from fused_resnet.backends.layout import aligned
 

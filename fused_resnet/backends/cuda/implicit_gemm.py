@@ -3,7 +3,7 @@
 import torch
 
 from fused_resnet.backends.config import Config, shared_memory
-from fused_resnet.backends.cpu import ACT_CODES
+from fused_resnet.backends.cpu.extension import ACT_CODES
 from fused_resnet.backends.cuda.family import MULTIPROCESSORS, Family, cdiv, geometry, tf32_allowed
 from fused_resnet.backends.layout import vector
 from fused_resnet.backends.problem import Problem

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import reference
-from fused_resnet.backends.cpu import ACT_CODES
+from fused_resnet.backends.cpu.extension import ACT_CODES
 from fused_resnet.backends.cuda import training
 from fused_resnet.backends.layout import empty, ready, vector
 

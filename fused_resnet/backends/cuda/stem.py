@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.config import SHARED_MEMORY, Config
-from fused_resnet.backends.cpu import ACT_CODES
+from fused_resnet.backends.cpu.extension import ACT_CODES
 from fused_resnet.backends.cuda.family import MULTIPROCESSORS, Family, cdiv, geometry, tf32_allowed
 
 NAME = "stem"

@@ -8,7 +8,7 @@ merges the tiles in fp64 and in a fixed order. A convolution that leaves such pa
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.cpu import ACT_CODES
+from fused_resnet.backends.cpu.extension import ACT_CODES
 from fused_resnet.backends.cuda.family import MULTIPROCESSORS
 from fused_resnet.backends.layout import empty, ready, vector
 from fused_resnet.backends.reference import channels_last
