@@ -46,13 +46,14 @@ def test_frozen_batch_norms(make):
     fr.freeze_batch_norm(module.eval()).train()
     before = [b.clone() for b in module.buffers()]
     for _ in range(2):
-        assert_close(results(module, x), eager(module, x))
+        wanted = eager(module, x)
+        assert_close(results(module, x), wanted)
         torch.optim.SGD(module.parameters(), lr=1e-3).step()
     assert_identical(list(module.buffers()), before)
     assert all(bn.weight.grad is None for bn in norms(module))
-    fr.freeze_batch_norm(module, False).train()
+    wanted = eager(fr.freeze_batch_norm(module, False).train(), x)
     with Operators() as operators:
-        assert_close(results(module, x), eager(module, x))
+        assert_close(results(module, x), wanted)
     assert operators.blocks() == 1
 
 
@@ -161,7 +162,9 @@ def test_hook_inside_a_block(kind, name):
     plain = copy.deepcopy(module)
     hook(plain.get_submodule(name), kind)
     calls, handle = hook(module.get_submodule(name), kind)
-    with unit.unfused():
+    with unit.unfused(
+        lambda y, act: unit.ACT_FUNCTIONS[act](y)
+    ):  # PyTorch takes nothing in place behind a backward hook
         wanted = results(plain, x)
     assert_close(results(module, x), wanted)
     assert len(calls) == 1
@@ -175,7 +178,8 @@ def test_hook_inside_a_block(kind, name):
 def test_parametrized_weight(make):
     module, x = block_of(make), images()
     weight_norm(module.conv2)
-    assert_close(results(module, x), eager(module, x))
+    wanted = eager(module, x)
+    assert_close(results(module, x), wanted)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
