@@ -13,21 +13,8 @@ from torch import nn
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch.distributed has no gloo here", allow_module_level=True)
 
-from several_processes import (
-    MODULES,
-    SHARES,
-    SHARES_OF_NETWORK,
-    WORLDS,
-    batches,
-    images_and_labels,
-    kinds_of,
-    loss_of,
-    module_of,
-    network,
-    share,
-    steps,
-    work,
-)
+from several_networks import images_and_labels, loss_of, network, work
+from several_processes import MODULES, SHARES, SHARES_OF_NETWORK, WORLDS, batches, kinds_of, module_of, share, steps
 
 import fused_resnet as fr
 from fused_resnet.modules import BatchNorm2d, unit

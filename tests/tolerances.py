@@ -63,6 +63,16 @@ TOLERANCES = {
         "a loss under autocast, relative to eager's: the logits of both are in bf16, with errors of 2^-8 of the "
         "largest, and the cross entropy changes by at most twice as much as a logit",
     ),
+    "training_curve": Tolerance(
+        5e-3,
+        "a loss in 50 steps at lr = 0.1, relative to the first: 1e-6 where no sign changes; a ReLU that rounding "
+        "decides moves it by 1e-3, in eager's own layouts as well; a term left out of a gradient by 1e-1",
+    ),
+    "curve_spread": Tolerance(
+        3.0,
+        "The farthest that a chaotic curve is from the nearest of three of eager's, in units of those three's largest "
+        "spread: the range of three is a rough measure of what rounding does; a loss that diverges is far outside.",
+    ),
     "sum_of_many": Tolerance(
         1e-4,
         "max|sum - truth| / max|truth| of sums over 131072 values of either sign: as many roundings of 6e-8 add up to "

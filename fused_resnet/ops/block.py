@@ -145,16 +145,14 @@ def _backward_impl(grad, y, told, totals, *rest):
     inputs, (z, mean, var), form, needs = Inputs(*rest[:6]), rest[6:9], _parsed(*rest[9:-1]), rest[-1]
     needs = Needs(*nested(needs, sizes(inputs)))
     found = Backward(inputs, form, Kept(z, mean, var, told, totals), y, needs).run(grad)
-    return [
-        inputs.x.new_empty(0) if g is None else _laid_out(g, t) for g, t in zip(flat(found), flat(inputs), strict=True)
-    ]
+    maps, parameters = flat(found[:2]), zip(flat(found[2:]), flat(inputs[2:]), strict=True)
+    laid_out = [*maps, *(g if g is None else _laid_out(g, t) for g, t in parameters)]
+    return [inputs.x.new_empty(0) if g is None else g for g in laid_out]
 
 
-def _laid_out(grad: Tensor, like: Tensor | None) -> Tensor:
-    """The gradient of a weight in the weight's own layout, as the optimizer and compiled code expect it."""
-    if grad.dim() != 4 or like is None or like.shape != grad.shape or grad.stride() == like.stride():
-        return grad
-    return grad if grad.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(like).copy_(grad)
+def _laid_out(grad: Tensor, like: Tensor) -> Tensor:
+    """The gradient of a parameter in its own layout, as compiled code, and the fake, have it."""
+    return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
 
 
 def _backward_fake(grad, y, told, totals, *rest):
