@@ -100,7 +100,10 @@ def _backward(ctx, grad):
     found = call(
         "block_backward", grad, y, told, totals, *inputs, z, mean, var, *_arguments(form), needs
     )  # fmt: skip
-    return [g if need else None for g, need in zip(found, needs, strict=True)]
+    found = [g if need else None for g, need in zip(found, needs, strict=True)]
+    if needs[1] and form.acts[-1] == "none":
+        found[1] = grad
+    return found
 
 
 def _arguments(form: Form) -> tuple:

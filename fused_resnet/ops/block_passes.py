@@ -184,8 +184,8 @@ class Backward(_Passes):
     def run(self, grad: Tensor) -> Inputs:
         form, needs, found, x = self.form, self.needs, self.found, self.inputs.x
         d_z, arriving = self._behind_end(reference.channels_last(grad))
-        if form.shortcut == "given":
-            found = found._replace(residual=arriving if needs.residual else None)
+        if form.shortcut == "given":  # behind no activation it is `grad`, which the caller has
+            found = found._replace(residual=arriving if needs.residual and form.acts[-1] != "none" else None)
             arriving = None
         elif form.shortcut == "projected" and arriving is not None:
             needed = any(self._needs_projection())
@@ -262,7 +262,7 @@ class Backward(_Passes):
                 grad, source, arriving = g, (None, None, "none", None, None), g
         self._note(i, *sums[:2])
         if residual_norm is not None:
-            self._note(-1, sums[2], sums[1])
+            self._note(-1, sums[2], sums[1].clone())  # an operator's outputs have memory of their own
         sums = self._over_all(i, x, *sums)
         if not needed or x.numel() == 0:
             return grad, arriving if residual_norm is None else grad
