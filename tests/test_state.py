@@ -212,7 +212,7 @@ def test_out_of_memory_leaves_state_unchanged(make, monkeypatch):
 
     with monkeypatch.context() as patch:
         for name in BACKEND_NAMES:
-            patch.setattr(BACKENDS[name], "bn_act" if isinstance(module, fr.BNAct2d) else "conv_bn_act", fail, False)
+            patch.setattr(BACKENDS[name], "norm_act" if isinstance(module, fr.BNAct2d) else "conv_moments", fail, False)
         with pytest.raises(torch.OutOfMemoryError, match="simulated"):
             module(torch.randn(8, 8, 6, 6))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

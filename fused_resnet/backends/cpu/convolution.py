@@ -25,7 +25,7 @@ def prepare_conv_scale_act(x, weight, scale, shift, residual, args, act):
 
 
 def pack(weight: Tensor, dtype: torch.dtype, *, lasting: bool) -> Tensor:
-    return torch.ops.fused_resnet_C.convpack(weight.detach().to(dtype), lasting)
+    return torch.ops.fused_resnet_C.conv_pack(weight.detach().to(dtype), lasting)
 
 
 def geometry(weight: Tensor, args) -> tuple[int, ...]:
