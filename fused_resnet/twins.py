@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet.backends import use_backend
 from fused_resnet.modules import unit
+from fused_resnet.ops.block import activations
 from fused_resnet.parity import Row, compare
 
 Arguments = tuple[tuple, dict]
@@ -64,9 +65,10 @@ class FusedPieces(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        act = self._act(func, args)
-        if act in ("relu", "relu6"):
-            self.taken.append(_pieces(result if isinstance(result, Tensor) else result[0], act))
+        found = [(result, self._act(func, args))]
+        if func is torch.ops.fused_resnet.block.default:
+            found = activations(args, result)
+        self.taken += [_pieces(y, act) for y, act in found if act in ("relu", "relu6")]
         return result
 
     @staticmethod

@@ -141,18 +141,19 @@ def test_lean_gives_the_same(build):
 
 def test_lean_keeps_less():
     def kept(lean):
-        maps = {}
+        maps, model = {}, models.cifar_resnet20(lean=lean)
+        weights = {p.data_ptr() for p in model.parameters()}
 
         def keep(t):
-            if t.dim() == 4 and not t.is_leaf:
+            if t.dim() == 4 and t.data_ptr() not in weights:
                 maps[t.data_ptr()] = t
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            models.cifar_resnet20(lean=lean)(torch.randn(2, 3, 32, 32))
+            model(torch.randn(2, 3, 32, 32))
         return sum(t.numel() for t in maps.values())
 
-    assert kept(True) < 0.7 * kept(False)  # of each block one convolution's output and the block's, instead of three
+    assert kept(True) < 0.75 * kept(False)  # of each block one convolution's output and the block's, instead of three
 
 
 @pytest.mark.parametrize(

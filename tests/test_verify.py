@@ -106,9 +106,9 @@ def _scaled(function, factor):
     return wrong
 
 
-def _no_residual(function, position):
+def _no_residual(function, *positions):
     def wrong(*args, **kwargs):
-        return function(*[None if i == position else a for i, a in enumerate(args)], **kwargs)
+        return function(*[None if i in positions else a for i, a in enumerate(args)], **kwargs)
 
     return wrong
 
@@ -117,7 +117,7 @@ FAULTS = {
     "eval factor": ("conv_scale_act", lambda f: _scaled(f, 1.001), "eval", "output"),
     "train factor": ("norm_act", lambda f: _scaled(f, 1.001), "train", "output"),
     "eval residual": ("conv_scale_act", lambda f: _no_residual(f, 4), "eval", "output"),
-    "train residual": ("norm_act", lambda f: _no_residual(f, 2), "train", "output"),
+    "train residual": ("norm_act", lambda f: _no_residual(f, 2, 3), "train", "output"),
     "gradient": ("norm_act_input_grad", lambda f: _scaled(f, 1.001), "train", "input gradient"),
 }
 

@@ -10,6 +10,8 @@ computed again. Batch norm: Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1;
 arXiv:1512.03385.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -142,6 +144,16 @@ def formula(inputs: Inputs, form: Form) -> Tensor:
         residual, residual_norm, _ = unit(form.depth, inputs.x, "none")
     y = reference.norm_act(z, norm, residual, residual_norm, form.acts[-1])[0]
     return torch.nn.functional.max_pool2d(y, *form.pool) if form.pool else y
+
+
+def activations(args: Sequence, output: Sequence) -> Iterator[tuple[Tensor, str]]:
+    """What the activations of a call of the operator gave, computed again within it, each with its name."""
+    inputs, form = Inputs(*args[:6]), _parsed(*args[6:])
+    y, z, mean, var, *_ = output
+    norms = [Norm(*values) for values in zip(mean, var, inputs.bn_weights, inputs.bn_biases, form.eps, strict=True)]
+    last = len(form.acts) - 1
+    for i, act in enumerate(form.acts):
+        yield y if i == last and not form.pool else reference.activation(z[i], norms[i], act), act
 
 
 def _backward_impl(grad, y, told, totals, *rest):
