@@ -156,6 +156,26 @@ def test_lean_keeps_less():
     assert kept(True) < 0.75 * kept(False)  # of each block one convolution's output and the block's, instead of three
 
 
+@pytest.mark.parametrize("norm_layer", [None, lambda channels: torch.nn.GroupNorm(4, channels)], ids=["bn", "gn"])
+@pytest.mark.parametrize("name", ["cifar_resnet20", "mobilenet_v1", "mobilenet_v2", "preact_resnet_cifar"])
+def test_lean_is_the_same(name, norm_layer):
+    """Also where blocks cannot run as one operator, and are computed again as a whole."""
+    options = {} if norm_layer is None or name == "mobilenet_v1" else {"norm_layer": norm_layer}
+    if name.startswith("mobilenet"):
+        options["dropout"] = 0.0
+    x, found = torch.randn(4, 3, 32, 32), []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        model = getattr(models, name)(lean=lean, **options).train()
+        torch.manual_seed(1)  # of dropout
+        y = model(x)
+        torch.manual_seed(2)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+    for plain, lean in zip(*found, strict=True):
+        torch.testing.assert_close(lean, plain, rtol=tolerance("other_backend"), atol=tolerance("other_backend"))
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

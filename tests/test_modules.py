@@ -12,7 +12,7 @@ from tolerances import assert_two_times
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.modules import BatchNorm2d
+from fused_resnet.modules import BatchNorm2d, DepthwiseSeparableConv2d
 
 poison = pytest.fixture(autouse=True)(poisoned)
 
@@ -284,3 +284,27 @@ def test_depthwise_separable_is_its_twin():
     plain = nn.Sequential(*map(twin, module)).eval()
     eager = plain(x)
     assert_two_times(module(x), eager, plain.double()(x.double()))
+
+
+class _Louder(fr.ConvBNAct2d):
+    def forward(self, x, residual=None):
+        return super().forward(x, residual) * 100
+
+
+def test_forward_of_a_subclass_is_called():
+    separable = DepthwiseSeparableConv2d(4, 4)
+    separable[1] = _Louder(4, 4, 1)
+    x = torch.randn(2, 4, 6, 6)
+    for training in (True, False):
+        separable.train(training)
+        expected = separable[1](separable[0](x))
+        assert expected.abs().max() > 50
+        torch.testing.assert_close(separable(x), expected)
+
+
+def test_forward_of_an_instance_is_called():
+    block, calls = fr.BasicBlock(4, 4).train(), []
+    plain = block.conv2.forward
+    block.conv2.forward = lambda x: calls.append(x.shape) or plain(x)
+    block(torch.randn(2, 4, 6, 6))
+    assert len(calls) == 1

@@ -256,14 +256,18 @@ def test_residual_block_of_no_images(form, backend):
     assert y.shape[0] == 0
     assert y.shape[1:] == eager(form, act="relu", **problem(form)).shape[1:]
     assert all((g == 0).all() for g in found.values())
+    assert len({g.data_ptr() for name, g in found.items() if "bn" in name}) == sum("bn" in name for name in found)
 
 
 @pytest.mark.parametrize("backend", [name for name in ("reference", "cpu") if name in BACKEND_NAMES])
 @pytest.mark.parametrize(
     ("form", "dtype", "lean"),
-    [("basic", torch.float32, False), ("bottleneck_projected", torch.bfloat16, True), ("stem", torch.float32, False)],
-    ids=["basic", "bottleneck_projected_lean_bf16", "stem"],
-)
+    [
+        ("basic", torch.float32, False), ("bottleneck_projected", torch.bfloat16, True), ("stem", torch.float32, False),
+        ("given", torch.float32, False),
+    ],
+    ids=["basic", "bottleneck_projected_lean_bf16", "stem", "given"],
+)  # fmt: skip
 def test_block_opcheck(form, dtype, lean, backend, monkeypatch):
     """`fused_resnet::block` and `block_backward`, as compiled code calls them."""
     tensors = {name: t.requires_grad_() for name, t in problem(form, dtype).items()}
@@ -276,7 +280,7 @@ def test_block_opcheck(form, dtype, lean, backend, monkeypatch):
 
     monkeypatch.setattr(block, "call", record)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # no tensors whose sizes only the backend knows
-    y = fused(form, act="silu", lean=lean, backend=backend, **tensors)
+    y = fused(form, act="none" if form == "given" else "silu", lean=lean, backend=backend, **tensors)
     monkeypatch.undo()
     monkeypatch.setattr(block, "call", record)
     y.backward(torch.randn_like(y))
@@ -305,6 +309,11 @@ ERRORS = {
     "residual": ({"residual": torch.ones(2, 4, 5, 4)}, "residual must have the output's shape"),
     "projection": ({"projection": Unit(torch.ones(4, 3, 1, 1), stride=2)}, r"the projection gives \(2, 4, 3, 3\)"),
     "both": ({"add_input": True, "residual": torch.ones(2, 4, 5, 5)}, "give one of"),
+    "no convolution": ({"units": [Unit(None)], "add_input": True}, "takes no projection and no add_input"),
+    "pool's parts": ({"max_pool": (3, 2)}, "must be kernel, stride and padding"),
+    "pool's padding": ({"max_pool": (2, 2, 2)}, "padding may be half its kernel"),
+    "pool's taps": ({"max_pool": (17, 1, 8)}, "of 256 taps at most"),
+    "pool's map": ({"max_pool": ((3, 7), (1, 1), (0, 0))}, "too small for a max_pool"),
     "pool": ({"max_pool": POOL, "residual": torch.ones(2, 4, 5, 5)}, "give one of"),
     "one value": ({"x": torch.ones(1, 3, 1, 1)}, "more than 1 value per channel"),
 }
@@ -318,3 +327,20 @@ def test_residual_block_refuses(error):
         residual_block(arguments.pop("x"), arguments.pop("units"), **arguments)
     with pytest.raises(TypeError, match=r"weight is torch\.float16, but x is torch\.float32"):
         residual_block(torch.ones(2, 3, 5, 5), [Unit(torch.ones(4, 3, 1, 1).half())])
+
+
+def test_residual_block_second_derivative_of_a_tensor_that_is_two_inputs():
+    x, weight = torch.randn(2, 4, 5, 5, dtype=torch.float64), torch.randn(4, 4, 3, 3, dtype=torch.float64)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    unit = Unit(weight, padding=1, act="silu")
+
+    def eager():
+        y = F.silu(F.batch_norm(F.conv2d(x, weight, padding=1), None, None, training=True))
+        return F.silu(F.batch_norm(F.conv2d(y, weight, padding=1), None, None, training=True) + 2 * x)
+
+    found = []
+    for y in (residual_block(x, [unit, unit], residual=2 * x), eager()):
+        first = torch.autograd.grad(y.square().sum(), [x, weight], create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), [x, weight])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -103,14 +103,14 @@ class ConvBNReLU6(unit.FusedModule, nn.Sequential):
         super().__init__(conv, norm_layer(out_channels), nn.ReLU6(inplace=True))
         self.out_channels = out_channels
 
-    def layer(self) -> unit.Layer | None:
+    def _layer(self) -> unit.Layer | None:
         """Its children as one layer; None where they are others, or hooked."""
         if len(self) != 3 or type(self[2]) is not nn.ReLU6 or unit.hooked(self[2]):
             return None
         return unit.Layer(self[0], self[1], "relu6")
 
     def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer()
+        layer = self._layer()
         if layer is None:
             return nn.Sequential.forward(self, x)
         return unit.conv_bn_act(layer.conv, layer.bn, x, act=layer.act)
@@ -156,6 +156,10 @@ class InvertedResidual(unit.FusedModule):
         layers = [*(unit.sole_layer(module) for module in first), unit.Layer(conv, bn, "none")]
         if unit.trainable(layers):
             return unit.train(layers, x, add_input=self.use_res_connect, lean=self.lean)
+        return unit.again(self._one_by_one, x, self.lean and self.training)
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        *first, conv, bn = self.conv
         y = x
         for module in first:
             y = module(y)

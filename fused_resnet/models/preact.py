@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fused_resnet.models.registry import factory, register
 from fused_resnet.models.resnet import initialise
@@ -25,6 +24,8 @@ class PreActBlock(unit.FusedModule):
         ValueError: other channels without `pool`.
     """
 
+    lean: bool = False  # in training, keep the block's input alone and compute the block again
+
     def __init__(
         self, in_planes: int, planes: int, pool: bool = False, norm_layer: Callable[..., nn.Module] = BatchNorm2d
     ):
@@ -39,6 +40,9 @@ class PreActBlock(unit.FusedModule):
         self.downsample = conv1x1(in_planes, planes, stride=2) if pool else None
 
     def forward(self, x: Tensor) -> Tensor:
+        return unit.again(self._forward, x, self.lean and self.training)
+
+    def _forward(self, x: Tensor) -> Tensor:
         residual = x if self.downsample is None else self.downsample(x)
         y = x if self.pool is None else self.pool(x)
         y = unit.bn_act(self.bn1, y)
@@ -83,6 +87,8 @@ class PreActResNet(unit.FusedModule):
             first = PreActBlock(planes, width, pool=index > 0, norm_layer=norm_layer)
             others = (PreActBlock(width, width, norm_layer=norm_layer) for _ in range(blocks - 1))
             self.stages.append(nn.Sequential(first, *others))
+            for block in self.stages[-1]:
+                block.lean = lean
             planes = width
         self.bn = norm_layer(planes)
         self.dropout = nn.Dropout(dropout)
@@ -90,17 +96,10 @@ class PreActResNet(unit.FusedModule):
         self.fc = nn.Linear(planes, num_classes)
         initialise(self)
 
-    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
-        if not (self.lean and torch.is_grad_enabled() and stage.training) or unit.hooked(stage):
-            return stage(x)
-        for block in stage:
-            x = checkpoint(block, x, use_reentrant=False)
-        return x
-
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         for stage in self.stages:
-            x = self._run(stage, x)
+            x = stage(x)
         x = self.dropout(unit.bn_act(self.bn, x))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -30,7 +30,8 @@ class ResNet(unit.FusedModule):
         num_classes, zero_init_residual, groups, width_per_group, replace_stride_with_dilation, norm_layer: as in
             torchvision.
         in_channels: channels of the image, 1 for greyscale.
-        lean: keep less for the backward pass: each block's last convolution, and its projection, are computed again.
+        lean: keep less for the backward pass: each block's last convolution, and its projection, are computed again;
+            a block that does not run as one operator (another norm, a hook inside) is computed again as a whole.
         shortcut: "A" (no parameters), "B" (1x1 projection where shapes change), "C" (projection everywhere) or "none"
             (a plain network).
         stride_on: "3x3" or "1x1", which convolution of a bottleneck has the stride.

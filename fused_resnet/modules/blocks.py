@@ -59,23 +59,26 @@ class _ResidualBlock(unit.FusedModule):
     lean: bool = False  # in training, compute the last convolution and the projection again instead of keeping them
     downsample: nn.Module | None
 
-    def layers(self) -> list[unit.Layer]:
+    def _layers(self) -> list[unit.Layer]:
         """The convolutions in a row."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        layers, projection = self.layers(), self._projection()
+        layers, projection = self._layers(), self._projection()
         if unit.trainable([*layers, projection] if projection is not None else layers):
             identity = self.residual and self.downsample is None
             added = None
             if self.residual and self.downsample is not None and projection is None:
                 added = self.downsample(x)
             return unit.train(layers, x, residual=added, projection=projection, add_input=identity, lean=self.lean)
-        residual, ours = self._shortcut(x, projection)
-        for layer in layers[:-1]:
+        return unit.again(self._one_by_one, x, self.lean and self.training)
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        *layers, last = self._layers()
+        residual, ours = self._shortcut(x, self._projection())
+        for layer in layers:
             x = unit.conv_bn_act(layer.conv, layer.bn, x, act=layer.act)
-        conv, bn, act = layers[-1]
-        return unit.conv_bn_act(conv, bn, x, residual, act, overwrite=ours)
+        return unit.conv_bn_act(last.conv, last.bn, x, residual, last.act, overwrite=ours)
 
     def _projection(self) -> unit.Layer | None:
         """The shortcut, where it is a convolution with batch norm that nobody looks into."""
@@ -143,7 +146,7 @@ class BasicBlock(_ResidualBlock):
         """The norm whose weight the zero-init option sets to 0."""
         return self.bn2
 
-    def layers(self) -> list[unit.Layer]:
+    def _layers(self) -> list[unit.Layer]:
         return [unit.Layer(self.conv1, self.bn1), unit.Layer(self.conv2, self.bn2)]
 
 
@@ -196,7 +199,7 @@ class Bottleneck(_ResidualBlock):
         """The norm whose weight the zero-init option sets to 0."""
         return self.bn3
 
-    def layers(self) -> list[unit.Layer]:
+    def _layers(self) -> list[unit.Layer]:
         convs = (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
         return [unit.Layer(conv, bn) for conv, bn in convs]
 

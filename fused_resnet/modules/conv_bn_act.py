@@ -44,7 +44,7 @@ class ConvBNAct2d(unit.FusedModule):
         self.bn = BatchNorm2d(out_channels, eps=eps, momentum=momentum)
         self.act = act
 
-    def layer(self) -> unit.Layer:
+    def _layer(self) -> unit.Layer:
         """Its children as one layer."""
         return unit.Layer(self.conv, self.bn, self.act)
 
@@ -76,7 +76,7 @@ class DepthwiseSeparableConv2d(unit.FusedModule, nn.Sequential):
         layers = [unit.sole_layer(module) for module in self]
         if unit.trainable(layers):
             return unit.train(layers, x, lean=self.lean)
-        return nn.Sequential.forward(self, x)
+        return unit.again(super().forward, x, self.lean and self.training)
 
 
 def _pair(value) -> tuple[int, int]:

@@ -61,8 +61,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group=None) -> nn.Module:
     """Make every batch norm of `module` take its statistics over `process_group`; return `module`, changed in place.
 
     As `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, which would drop the activation of a `BNAct2d`: here it becomes
-    a `SyncBNAct2d`. Parameters, buffers and keys stay; hooks of a batch norm go with it. A frozen batch norm stays as
-    it is, for it has nothing to exchange; thawed, it would take the statistics of its own process. A batch norm that
+    a `SyncBNAct2d`. Parameters, buffers and keys stay; its hooks are lost. A frozen batch norm stays as it is, for it has nothing to exchange; thawed, it would take the statistics of its own process. A batch norm that
     stands in several places is one afterwards too.
 
     Args:

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fused_resnet import ops
+from fused_resnet.backends import context_backend, use_backend
 from fused_resnet.modules.batch_norm import (
     BatchNorm2d,
     count_batch,
@@ -89,7 +91,7 @@ def forget_sharded(*modules: nn.Module) -> None:
 class FusedModule(nn.Module):
     """Base of the modules that run their children fused: drops derived values whenever the mode is set."""
 
-    def layer(self) -> "Layer | None":
+    def _layer(self) -> "Layer | None":
         """What the module is, where it is one layer and nothing more."""
         return None
 
@@ -117,11 +119,13 @@ def hooked_everywhere() -> bool:
 
 
 def plain_convolution(conv: nn.Module) -> bool:
-    return type(conv).forward is nn.Conv2d.forward and conv.padding_mode == "zeros" and not hooked(conv)
+    own = "forward" in vars(conv) or type(conv)._conv_forward is not nn.Conv2d._conv_forward
+    return type(conv).forward is nn.Conv2d.forward and not own and conv.padding_mode == "zeros" and not hooked(conv)
 
 
 def plain_batch_norm(bn: nn.Module) -> bool:
-    return type(bn) in (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm) and not hooked(bn)
+    plain = type(bn) in (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm) and "forward" not in vars(bn)
+    return plain and not hooked(bn)
 
 
 def fusible(conv: nn.Module, bn: nn.Module) -> bool:
@@ -194,18 +198,55 @@ def sole_layer(module: nn.Module) -> Layer | None:
     """The layer that a module of this package is and nothing more; None: it is another, or somebody looks at it."""
     if not isinstance(module, FusedModule) or "forward" in vars(module) or hooked(module):
         return None
-    return module.layer()
+    for cls in type(module).__mro__:  # a subclass may have another forward
+        if "forward" in vars(cls) or "_layer" in vars(cls):
+            return module._layer() if "_layer" in vars(cls) else None
+    return None
 
 
 def trainable(layers: Sequence[Layer | None]) -> bool:
     """Whether they can run as one operator: all are fusible, and normalise with the statistics of the same batch."""
     if None in layers:
         return False
-    groups = {sync_group(layer.bn) for layer in layers}
-    return len(groups) == 1 and all(
-        fusible(layer.conv, layer.bn) and uses_batch_statistics(layer.bn) and not isinstance(layer.conv.padding, str)
-        for layer in layers
+    groups, norms = {sync_group(layer.bn) for layer in layers}, {layer.bn for layer in layers}
+    return (
+        len(groups) == 1
+        and len(norms) == len(layers)
+        and all(
+            fusible(layer.conv, layer.bn)
+            and uses_batch_statistics(layer.bn)
+            and not isinstance(layer.conv.padding, str)
+            for layer in layers
+        )
     )
+
+
+def again(run: Callable[[Tensor], Tensor], x: Tensor, lean: bool) -> Tensor:
+    """Return `run(x)`; `lean`: in training keep x alone of it, and run it again in the backward pass.
+
+    For layers that do not run as one operator, which keeps less by itself.
+    """
+    if not (lean and torch.is_grad_enabled()):
+        return run(x)
+    if torch.compiler.is_compiling():
+        return checkpoint(run, x, use_reentrant=False)
+    return checkpoint(run, x, use_reentrant=False, context_fn=_surroundings)
+
+
+def _surroundings() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """What holds now, and must when a backward pass runs a block again."""
+    activation, backend = _unfused.get(), context_backend()
+
+    @contextlib.contextmanager
+    def restored():
+        token = _unfused.set(activation)
+        try:
+            with use_backend(backend or None):
+                yield
+        finally:
+            _unfused.reset(token)
+
+    return contextlib.nullcontext(), restored()
 
 
 def train(

@@ -171,11 +171,11 @@ def _laid_out(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _backward_fake(grad, y, told, totals, *rest):
-    needs, inputs = rest[-1], flat(rest[:6])
+    needs, inputs, form = rest[-1], flat(rest[:6]), _parsed(*rest[9:-1])
     x = inputs[0]
 
     def like(t, index):
-        if not needs[index]:
+        if not needs[index] or (index == 1 and form.acts[-1] == "none"):
             return x.new_empty(0)
         if index < 2:
             return empty_channels_last(x, grad.shape if t is None else t.shape)
@@ -186,7 +186,7 @@ def _backward_fake(grad, y, told, totals, *rest):
 
 def _cast(dtype, x, residual, weights, *rest):
     # As aten's convolution under autocast; as its batch norm, where there is no convolution: x decides.
-    x = x.to(dtype) if weights else x
+    x = x.to(dtype) if weights and x.dtype != torch.float64 else x
     return x, None if residual is None else residual.to(x.dtype), weights, *rest
 
 

@@ -145,6 +145,11 @@ def _end(passes: _Passes, x, norm, residual, residual_norm, act) -> tuple[Tensor
     return y, mask if mask is not None and form.masked and form.shortcut == "input" else told
 
 
+def _zeros(norm: Norm, count: int) -> list[Tensor]:
+    """Sums over no images."""
+    return [torch.zeros_like(norm.mean) for _ in range(count)]
+
+
 class Needs(NamedTuple):
     """Which gradients are wanted, in the order of `Inputs`."""
 
@@ -254,8 +259,7 @@ class Backward(_Passes):
         arriving = grad if needs_residual and residual_norm is None else None
         write = arriving is not None and act != "none"
         if x.numel() == 0:
-            zeros = torch.zeros_like(norm.mean)
-            sums = [zeros, zeros, None if residual_norm is None else zeros]
+            sums = [*_zeros(norm, 2), None if residual_norm is None else _zeros(norm, 1)[0]]
         else:
             g, *sums = self.norm_backend(x).norm_act_reduce(grad, x, norm, *source, write)
             if write:
@@ -274,7 +278,7 @@ class Backward(_Passes):
 
     def _behind_pool(self, grad: Tensor, x: Tensor, norm: Norm, act: str, needed: bool) -> Tensor:
         pool = (self.told, x, norm, act, *self.form.pool)
-        g, sums = None, [torch.zeros_like(norm.mean)] * 2
+        g, sums = None, _zeros(norm, 2)
         if x.numel():
             g, *sums = self.norm_backend(x).norm_act_max_pool2d_reduce(grad, *pool)
         self._note(len(self.norms) - 1, *sums)
@@ -286,7 +290,7 @@ class Backward(_Passes):
     def _behind_norm(self, i: int, grad: Tensor) -> Tensor:
         """The gradient of z[i], from that of act(norm(z[i]))."""
         x, norm, source = self.z[i], self.norms[i], (None, None, self.form.acts[i], None, None)
-        sums = [torch.zeros_like(norm.mean)] * 2
+        sums = _zeros(norm, 2)
         if x.numel():
             _, *sums = self.norm_backend(x).norm_act_reduce(grad, x, norm, *source, False)[:3]
         self._note(i, *sums)

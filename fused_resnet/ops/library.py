@@ -174,8 +174,10 @@ def second_order(formula: Callable, inputs: list, grads: Tensor) -> list:
     """
     wanted = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.requires_grad]
     with torch.enable_grad():
-        output = formula(*inputs)
-        found = torch.autograd.grad(output, [inputs[i] for i in wanted], grads, create_graph=True, allow_unused=True)
+        # Views, so that a tensor that is two inputs, or of which another one was made, is not counted twice.
+        views = [t.view_as(t) if i in wanted else t for i, t in enumerate(inputs)]
+        output = formula(*views)
+        found = torch.autograd.grad(output, [views[i] for i in wanted], grads, create_graph=True, allow_unused=True)
     result = [None] * len(inputs)
     for i, value in zip(wanted, found, strict=True):
         result[i] = value

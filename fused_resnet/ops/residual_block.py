@@ -8,11 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_resnet.backends.problem import windows
 from fused_resnet.ops import checks
 from fused_resnet.ops.block import run_block
 from fused_resnet.ops.block_passes import Form, Inputs
-from fused_resnet.ops.conv_args import geometry, normalise
+from fused_resnet.ops.conv_args import geometry, normalise, pair
 from fused_resnet.ops.running import update_running_statistics
+
+MOST_TAPS = 256  # of a max pooling: the number of one is kept in a byte
 
 
 class Unit(NamedTuple):
@@ -79,6 +82,8 @@ def residual_block(
         raise ValueError(f"{op}: units must be one batch norm, or convolutions with theirs, got {len(units)} units")
     if (residual is not None) + (projection is not None) + add_input + bool(max_pool) > 1:
         raise ValueError(f"{op}: give one of residual, projection, add_input and max_pool")
+    if units[0].weight is None and (projection is not None or add_input):
+        raise ValueError(f"{op}: a batch norm without a convolution takes no projection and no add_input")
     if units[0].padding == "same" and units[0].weight is not None and projection is None and not add_input:
         x, units = _padded(op, x, units)
     size, convs = tuple(x.shape), []
@@ -90,6 +95,8 @@ def residual_block(
         convs += args
         if found != size:
             raise ValueError(f"{op}: the projection gives {found}, but the units give {size}")
+    if max_pool:
+        _check_pool(op, max_pool, size)
     if add_input and size != x.shape:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, which cannot be added to {size}")
     checks.check_same_device(op, x, residual=residual)
@@ -97,6 +104,19 @@ def residual_block(
         checks.check_same_dtype(op, x, residual=residual)
     checks.check_residual(op, residual, size)
     return train(x, units, convs, residual, projection, add_input, max_pool, lean, group, backend)
+
+
+def _check_pool(op: str, pool: tuple, size: tuple) -> None:
+    names = ("kernel", "stride", "padding")
+    if len(pool) != 3:
+        raise ValueError(f"{op}: max_pool must be kernel, stride and padding, got {pool!r}")
+    kernel, stride, padding = (
+        pair(op, f"max_pool's {name}", v, name != "padding") for name, v in zip(names, pool, strict=True)
+    )
+    if kernel[0] * kernel[1] > MOST_TAPS or any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+        raise ValueError(f"{op}: max_pool's padding may be half its kernel, of {MOST_TAPS} taps at most, got {pool}")
+    if min(windows(size[2:], kernel, stride, padding)) < 1:
+        raise ValueError(f"{op}: a map of {size[2:]} is too small for a max_pool of {pool}")
 
 
 def _padded(op: str, x: Tensor, units: Sequence[Unit]) -> tuple[Tensor, list[Unit]]:

@@ -47,7 +47,7 @@ def max_pool2d_backward(grad, argmax, kernel, stride, padding, size):
     """The gradient of x [N, C, *size]."""
     grad = ready(grad)
     d_x = empty((*grad.shape[:2], *size), grad)
-    _ops.cuda_max_pool_bwd(grad, argmax, (*kernel, *stride, *padding), d_x)
+    _ops.cuda_max_pool_bwd(grad, ready(argmax), (*kernel, *stride, *padding), d_x)
     return d_x
 
 
@@ -72,7 +72,14 @@ def norm_act_max_pool2d_reduce(grad, argmax, x, norm, act, kernel, stride, paddi
         return training.norm_act_reduce(d_y, x, norm, None, None, act, None, None, True)[:3]
     x, rows = ready(x), training.tile_rows(x)
     sums = training.partials(x, rows, 2)
-    source = (ready(grad), argmax, (*kernel, *stride, *padding), x, *training.norm_arguments(norm), ACT_CODES[act])
+    source = (
+        ready(grad),
+        ready(argmax),
+        (*kernel, *stride, *padding),
+        x,
+        *training.norm_arguments(norm),
+        ACT_CODES[act],
+    )
     _ops.cuda_bn_max_pool_reduce(*source, rows, sums)
     return None, *training.merged_gradients(x, sums, norm, None)[:2]
 
@@ -87,6 +94,13 @@ def norm_act_max_pool2d_input_grad(grad, argmax, x, norm, act, kernel, stride, p
             0
         ]
     x, d_x = ready(x), empty(x.shape, x)
-    source = (ready(grad), argmax, (*kernel, *stride, *padding), x, *training.norm_arguments(norm), ACT_CODES[act])
+    source = (
+        ready(grad),
+        ready(argmax),
+        (*kernel, *stride, *padding),
+        x,
+        *training.norm_arguments(norm),
+        ACT_CODES[act],
+    )
     _ops.cuda_bn_max_pool_input_grad(*source, vector(d_weight), vector(d_bias), count, d_x)
     return d_x
