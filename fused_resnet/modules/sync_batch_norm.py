@@ -61,8 +61,9 @@ def convert_sync_batchnorm(module: nn.Module, process_group=None) -> nn.Module:
     """Make every batch norm of `module` take its statistics over `process_group`; return `module`, changed in place.
 
     As `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, which would drop the activation of a `BNAct2d`: here it becomes
-    a `SyncBNAct2d`. Parameters, buffers and keys stay; its hooks are lost. A frozen batch norm stays as it is, for it has nothing to exchange; thawed, it would take the statistics of its own process. A batch norm that
-    stands in several places is one afterwards too.
+    a `SyncBNAct2d`. Parameters, buffers and keys stay; hooks of a batch norm are lost. A frozen one stays as it is, for
+    it has nothing to exchange; thawed, it would take the statistics of its own process. A batch norm that stands in
+    several places is one afterwards too.
 
     Args:
         module: a network, or one batch norm, for which the new one is returned.
