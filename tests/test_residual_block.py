@@ -118,17 +118,16 @@ def test_residual_block_exact_at_zero_gradient(form, dtype, backend):
     assert all((gradient == 0).all() for gradient in found.values())
 
 
-@pytest.mark.parametrize("lean", [False, True], ids=["", "lean"])
 @backends
 @dtypes()
 @forms
-def test_residual_block_two_times(form, dtype, backend, lean):
+def test_residual_block_two_times(form, dtype, backend):
     """With smooth activations inside: what is rounded to the other side of a kink there has another gradient."""
     if form == "stem" and dtype != torch.float32:
         pytest.skip("neighbours that round to one value share the gradient of a pooling as they like")
     tensors = problem(form, dtype)
     require(backend, "bn_act", tensors["x"])
-    options = {"fused_options": {"lean": lean, "backend": backend}, "inner": "silu", "dtype": dtype}
+    options = {"fused_options": {"backend": backend}, "inner": "silu", "dtype": dtype}
     compare_with_eager(of(fused, form), of(eager, form), tensors, "none" if form == "stem" else "relu", **options)
 
 
