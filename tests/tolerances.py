@@ -48,6 +48,10 @@ TOLERANCES = {
         "The same for gradients: they are made of the forward's values, with their four roundings of half a unit, and "
         "add four of their own: the slope, two products and the sum.",
     ),
+    "floor_ulps_block": Tolerance(
+        12.0,
+        "The same for gradients of a block of up to three layers, which the roundings of all three are in.",
+    ),
     "kink_margin": Tolerance(
         2.0**-5,
         "Where a pre-activation lies this close to a kink of its activation, relative to the largest one, bf16's eight "
