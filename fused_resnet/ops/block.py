@@ -18,7 +18,8 @@ from torch import Tensor
 from fused_resnet.backends import reference
 from fused_resnet.backends.norm import Norm
 from fused_resnet.backends.problem import ConvArgs, windows
-from fused_resnet.ops.block_passes import Backward, Form, Inputs, Kept, Needs, forward
+from fused_resnet.ops.block_backward import Backward, Needs
+from fused_resnet.ops.block_passes import Form, Inputs, Kept, forward
 from fused_resnet.ops.library import (
     SMOOTH,
     autocast,
