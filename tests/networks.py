@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from tolerances import tolerance
 from torch import nn
 
+import fused_resnet as fr
+
 
 def largest(value, truth):
     """max|value - truth| / max|truth|."""
@@ -68,3 +70,20 @@ def calibrate(model, x):
 def on_meta(build, **kwargs):
     with torch.device("meta"):
         return build(**kwargs)
+
+
+def assert_training_step(name: str, backend: str, device, batch: int, **options) -> None:
+    """A step at 32x32 by a backend: gradients of all parameters, and the running statistics, by the two-times rule."""
+    found = {}
+    for kind, by, dtype in (
+        ("truth", "reference", torch.float64), ("plain", "reference", torch.float32), ("own", backend, torch.float32)
+    ):  # fmt: skip
+        model = seeded(getattr(fr.models, name), num_classes=10, **options).to(device, dtype)
+        torch.manual_seed(1)
+        x, labels = torch.randn(batch, 3, 32, 32).to(device, dtype), torch.randint(10, (batch,)).to(device)
+        with fr.use_backend(by):
+            torch.manual_seed(2)  # of dropout
+            gradients = step(model, x.contiguous(memory_format=torch.channels_last), labels)
+        found[kind] = [[t.cpu().double() for t in tensors] for tensors in (gradients, statistics(model))]
+    for i in range(2):
+        assert_network_two_times(found["own"][i], found["plain"][i], found["truth"][i])

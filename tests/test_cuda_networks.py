@@ -6,7 +6,7 @@ import pytest
 import torch
 from cuda_kernels import DEVICE, library
 from devices import full_fp32
-from networks import assert_network_two_times, calibrate, largest, seeded, statistics, step
+from networks import assert_training_step, calibrate, largest, seeded
 from problems import LAYOUTS
 from tolerances import assert_two_times, tolerance
 
@@ -15,7 +15,6 @@ import fused_resnet as fr
 pytestmark = pytest.mark.skipif(bool(library()), reason=library() or "it is there")
 full_precision = pytest.fixture(autouse=True)(full_fp32)
 
-NETWORKS = {"resnet18": fr.resnet18, "resnet50": fr.resnet50, "mobilenet_v2": fr.models.mobilenet_v2}
 INFERENCE = (("resnet18", torch.float32), ("resnet50", torch.bfloat16), ("mobilenet_v2", torch.bfloat16))
 TRAINING = {"resnet18": (4, {}), "mobilenet_v2": (16, {"width_mult": 0.25})}  # batch, options
 
@@ -23,7 +22,10 @@ TRAINING = {"resnet18": (4, {}), "mobilenet_v2": (16, {"width_mult": 0.25})}  # 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), INFERENCE, ids=str)
 def test_network_in_inference(name, dtype):
-    model, x = calibrate(seeded(NETWORKS[name]), torch.randn(8, 3, 32, 32)).to(DEVICE), torch.randn(2, 3, 32, 32)
+    model, x = (
+        calibrate(seeded(getattr(fr.models, name)), torch.randn(8, 3, 32, 32)).to(DEVICE),
+        torch.randn(2, 3, 32, 32),
+    )
     truth = copy.deepcopy(model).double()
     model, x = model.to(dtype), LAYOUTS["channels_last"](x).to(DEVICE, dtype)
     with torch.inference_mode():
@@ -39,22 +41,5 @@ def test_network_in_inference(name, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINING)
 def test_network_training_step(name):
-    """Forward and backward: gradients of all parameters, and the running statistics."""
-    found, (batch, options) = {}, TRAINING[name]
-    for kind, backend, dtype in (
-        ("truth", "reference", torch.float64),
-        ("plain", "reference", None),
-        ("own", "cuda", None),
-    ):
-        model = seeded(NETWORKS[name], num_classes=10, **options).to(DEVICE, dtype or torch.float32)
-        torch.manual_seed(1)
-        x, labels = (
-            torch.randn(batch, 3, 32, 32).to(DEVICE, dtype or torch.float32),
-            torch.randint(10, (batch,)).to(DEVICE),
-        )
-        with fr.use_backend(backend):
-            torch.manual_seed(2)  # of dropout
-            gradients = step(model, LAYOUTS["channels_last"](x), labels)
-        found[kind] = [[t.cpu().double() for t in tensors] for tensors in (gradients, statistics(model))]
-    for i in range(2):
-        assert_network_two_times(found["own"][i], found["plain"][i], found["truth"][i])
+    batch, options = TRAINING[name]
+    assert_training_step(name, "cuda", DEVICE, batch, **options)
