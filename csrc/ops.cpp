@@ -20,8 +20,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   return PyModule_Create(&module);
 }
 
-// Raised with every change to the schemas below, here and in backends/cpu/extension.py: a library that an older or newer
-// checkout has left beside the Python sources is then seen, and not called with arguments that it does not take.
+// Raised with every change to the schemas below, here and in backends/cpu/extension.py: a library that an older or
+// newer checkout has left beside the Python sources is then seen, and not called with arguments that it does not take.
 static int64_t interface_number() {
   return 6;
 }

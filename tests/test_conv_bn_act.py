@@ -150,7 +150,7 @@ def test_conv_bn_act_running_statistics(conv_bias, dtype, backend):
     for name, *values in zip(("running_mean", "running_var"), found, eager, truth, strict=True):
         # A sum over every pixel of convolutions that are themselves in the low precision.
         low = [value.to(dtype) if dtype == torch.bfloat16 else value for value in values[:2]]
-        assert_two_times(*low, values[2], name)
+        assert_two_times(*low, values[2], name, "floor_ulps_moments")
 
 
 @backends

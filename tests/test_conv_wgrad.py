@@ -1,7 +1,5 @@
 """The compiled gradient of a convolution's weight: exactness, the norm on the way, NaN, repeatability, and errors."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from problems import ACTS, CONV_CASES, EXACT_ACTS, LAYOUTS, ConvCase, cases, integers, layouts
@@ -9,6 +7,7 @@ from tolerances import assert_two_times
 
 from fused_resnet.backends import cpu, reference
 from fused_resnet.backends.cpu.extension import ACT_CODES, extension_missing
+from fused_resnet.backends.norm import Norm
 from fused_resnet.backends.reference import channels_last
 from fused_resnet.ops.conv_args import normalise
 
@@ -39,7 +38,7 @@ def problem(case, draw):
     x, weight = channels_last(draw(*case.x)), torch.full(case.weight, torch.nan)
     _, args = normalise("wgrad", x, weight, **case.geometry)
     c = case.x[1]
-    norm = SimpleNamespace(mean=draw(c), var=draw(c) ** 2 + 0.5, weight=draw(c), bias=draw(c), eps=0.5)
+    norm = Norm(mean=draw(c), var=draw(c) ** 2 + 0.5, weight=draw(c), bias=draw(c), eps=0.5)
     return channels_last(draw(*args.output_size(x, weight))), x, norm, weight, args
 
 
@@ -47,7 +46,7 @@ def integer_norm(channels):
     """With 1 / sqrt(var + eps) = 1 or 1/2."""
     var = torch.tensor([0.5, 3.5]).repeat(channels)[:channels]
     weight, bias = 2 * integers(channels), integers(channels)
-    return SimpleNamespace(mean=integers(channels), var=var, weight=weight, bias=bias, eps=0.5)
+    return Norm(mean=integers(channels), var=var, weight=weight, bias=bias, eps=0.5)
 
 
 def activated(x, norm, act):
@@ -55,13 +54,13 @@ def activated(x, norm, act):
         return x
     weight = torch.ones_like(norm.mean) if norm.weight is None else norm.weight
     bias = torch.zeros_like(norm.mean) if norm.bias is None else norm.bias
-    x_hat = reference.normalise(x, norm.mean.to(x.dtype), norm.var.to(x.dtype), norm.eps)
+    x_hat = reference.normalise(x, norm._replace(mean=norm.mean.to(x.dtype), var=norm.var.to(x.dtype)))
     return reference.act_forward(reference.affine(x_hat, weight, bias, None), act)
 
 
 def plain(dy, x, norm, act, weight, args, dtype=torch.float64):
     dy, y = dy.to(dtype), activated(x.to(dtype), norm, act)
-    return reference.convolution_backward(dy, y, weight.to(dtype), args, (False, True, False))[1]
+    return reference.convolution_backward(dy, y, None, "none", weight.to(dtype), args, (False, True, False), None)[1]
 
 
 def compiled(dy, x, norm, act, weight, args):
@@ -96,7 +95,7 @@ def test_conv_wgrad_exact_with_norm(case):
 @cases([WHOLE, TAIL, BY_ID["3x3_stride2_odd"], BY_ID["1x1_bands"]])
 def test_conv_wgrad_two_times(case, without, act):
     dy, x, norm, weight, args = problem(case, torch.randn)
-    vars(norm).update({without: None} if without else {})
+    norm = norm._replace(**({without: None} if without else {}))
     truth = plain(dy, x, norm, act, weight, args)
     eager = plain(dy, x, norm, act, weight, args, torch.float32)
     assert_two_times(compiled(dy, x, norm, act, weight, args), eager, truth, floor="floor_ulps_gradient")
@@ -182,7 +181,8 @@ def test_conv_wgrad_is_the_backends(layout):
     )
     expanded = layout == "expanded"
     dy, x = (LAYOUTS[layout](t) if expanded else t for t in (dy, x))
-    truth = reference.convolution_backward(dy.double(), x.double(), weight.double(), args, (False, True, True))
+    inputs = (dy.double(), x.double(), None, "none", weight.double(), args)
+    truth = reference.convolution_backward(*inputs, (False, True, True), None)
     assert found[0] is None
     assert torch.equal(found[1].double(), truth[1])
     assert torch.equal(found[2].double(), truth[2])

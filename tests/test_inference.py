@@ -321,9 +321,8 @@ def test_prepared_checks_its_residual(unit_and_input):
 CALLS = {
     "conv_scale_act": lambda op, x: op(x, torch.randn(8, 8, 3, 3), torch.rand(8), torch.rand(8), x, [1, 1], [1, 1],
                                        [1, 1], 1, "relu", ""),
-    "conv_bn_act": lambda op, x: op(x, torch.randn(8, 8, 3, 3), None, torch.rand(8), None, x, [1, 1], [1, 1], [1, 1], 1,
-                                    1e-5, "relu", "")[0],
-    "bn_act": lambda op, x: op(x, torch.rand(8), torch.rand(8), x, 1e-5, "relu", "")[0],
+    "block": lambda op, x: op(x, None, [torch.randn(8, 8, 3, 3)], [None], [torch.rand(8)], [torch.rand(8)],
+                              [1, 1, 1, 1, 1, 1, 1], [1e-5], ["relu"], "input", [], False, False, "", "")[0],
     "scale_act": lambda op, x: op(x, torch.rand(8), torch.rand(8), x, "relu", ""),
     "add_act": lambda op, x: op(x, x, "relu", ""),
 }  # fmt: skip

@@ -299,7 +299,7 @@ def test_moments_that_are_not_finite(dtype, backend):
     truth = x.double().mean((0, 2, 3))
     assert torch.equal(mean.isnan(), truth.isnan())
     assert mean[0] == float("inf")
-    assert mean[3] == 0
+    assert mean[3].abs() <= ulp(torch.float32, 2.0**127)
     assert not var[:4].isfinite().any()
     assert var[4].isfinite()
 

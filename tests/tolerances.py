@@ -48,6 +48,11 @@ TOLERANCES = {
         "The same for gradients: they are made of the forward's values, with their four roundings of half a unit, and "
         "add four of their own: the slope, two products and the sum.",
     ),
+    "floor_ulps_moments": Tolerance(
+        8.0,
+        "The same for running statistics: a mean of values of both signs is a few times smaller than they are, and the "
+        "roundings of its sum are theirs, in another order than eager's.",
+    ),
     "floor_ulps_block": Tolerance(
         12.0,
         "The same for gradients of a block of up to three layers, which the roundings of all three are in.",

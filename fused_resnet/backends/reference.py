@@ -154,8 +154,10 @@ def compute(problem, x, weight, scale, shift, residual) -> Tensor:
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over N, H and W, in fp32 (fp64 for fp64)."""
-    var, mean = torch.var_mean(x.to(wide(x)), dim=(0, 2, 3), correction=0)
-    return mean, var
+    x = x.to(wide(x))
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    # Of a channel with an infinity var_mean has the mean NaN, and eager the infinity.
+    return torch.where(mean.isfinite(), mean, x.mean((0, 2, 3))), var
 
 
 def normalise(x: Tensor, norm) -> Tensor:
@@ -251,10 +253,10 @@ def norm_act_max_pool2d_reduce(grad, argmax, x, norm, act, kernel, stride, paddi
     tap = argmax.long()
     index = (tap // kernel[1] + row) * x.shape[3] + tap % kernel[1] + column
     d_y = torch.ops.aten.max_pool2d_with_indices_backward(
-        channels_last(grad), x, kernel, stride, padding, (1, 1), False, channels_last(index)
+        channels_last(grad).to(wide(x)), x.to(wide(x)), kernel, stride, padding, (1, 1), False, channels_last(index)
     )
-    g, d_weight, d_bias, _ = norm_act_reduce(d_y, x, norm, None, None, act, None, None, True)
-    return g, d_weight, d_bias
+    g = _gradient_behind(d_y, x, norm, None, None, act, None)
+    return g, channel_sum(g, normalise(x, norm)), channel_sum(g)
 
 
 def norm_act_max_pool2d_input_grad(grad, argmax, x, norm, act, kernel, stride, padding, g, d_weight, d_bias, count):
