@@ -35,6 +35,7 @@ TRAINING = ("bn_act", "conv_bn_act", "add_act_backward", "max_pool2d")
 ROUNDED, SUMMED = 1.0, 1e-5
 EPS = 1e-5
 TWELVE_BITS = 2049
+POOLING = (3, 3), (2, 2), (1, 1)  # kernel, stride and padding, of a ResNet
 
 _lock = threading.RLock()
 _verdicts: dict[Path, dict[str, bool]] = {}
@@ -166,8 +167,7 @@ def train(backend, problem: Problem, device: torch.device) -> list[tuple[Tensor,
         return found
 
     if problem.op == "max_pool2d":
-        window = (3, 3), (2, 2), (1, 1)
-        step("max_pool2d", x, *window, windows(problem.x[2:], *window))
+        step("max_pool2d", x, *POOLING, windows(problem.x[2:], *POOLING))
     elif problem.op == "add_act_backward":
         step("add_act_backward", grad, reference.add_act(x, x, problem.act), None, None, problem.act)
     elif problem.op == "bn_act":
@@ -197,18 +197,21 @@ def _exact_norm(x: Tensor) -> Norm:
 
 
 def _train_norm(step, x: Tensor, norm: Norm, residual: Tensor, grad: Tensor, act: str) -> None:
-    count = float(x.numel() // x.shape[1])
     for residual_norm in (None, norm):
         y, mask = step("norm_act", x, norm, residual, residual_norm, act)
         source = (residual, residual_norm, act, y if residual_norm is None else None, mask)
         _, *sums = step("norm_act_reduce", grad, x, norm, *source, True)
-        step("norm_act_input_grad", grad, x, norm, *source, *sums, count)
+        step("norm_act_input_grad", grad, x, norm, *source, *sums, _count(x))
+
+
+def _count(x: Tensor) -> float:
+    """Values a channel."""
+    return float(x.numel() // x.shape[1])
 
 
 def _train_pool(step, backend, x: Tensor, norm: Norm, act: str) -> Iterable[tuple[Tensor, Tensor]]:
-    window, count = ((3, 3), (2, 2), (1, 1)), float(x.numel() // x.shape[1])
-    y, argmax = step("norm_act_max_pool2d", x, norm, act, *window, windows(x.shape[2:], *window))
-    source = (reference.channels_last(y.flip(0, 2, 3)), argmax, x, norm, act, *window)
+    y, argmax = step("norm_act_max_pool2d", x, norm, act, *POOLING, windows(x.shape[2:], *POOLING))
+    source, count = (reference.channels_last(y.flip(0, 2, 3)), argmax, x, norm, act, *POOLING), _count(x)
     return zip(
         _pool_backward(reference, map(_wide, source), count), _pool_backward(backend, source, count), strict=True
     )

@@ -71,11 +71,11 @@ class _ResidualBlock(unit.FusedModule):
             if self.residual and self.downsample is not None and projection is None:
                 added = self.downsample(x)
             return unit.train(layers, x, residual=added, projection=projection, add_input=identity, lean=self.lean)
-        return unit.again(self._one_by_one, x, self.lean and self.training)
+        return unit.again(lambda x: self._one_by_one(layers, projection, x), x, self.lean and self.training)
 
-    def _one_by_one(self, x: Tensor) -> Tensor:
-        *layers, last = self._layers()
-        residual, ours = self._shortcut(x, self._projection())
+    def _one_by_one(self, layers: list[unit.Layer], projection: unit.Layer | None, x: Tensor) -> Tensor:
+        residual, ours = self._shortcut(x, projection)
+        *layers, last = layers
         for layer in layers:
             x = unit.conv_bn_act(layer.conv, layer.bn, x, act=layer.act)
         return unit.conv_bn_act(last.conv, last.bn, x, residual, last.act, overwrite=ours)

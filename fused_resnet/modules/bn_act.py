@@ -1,13 +1,29 @@
 """Drop-in batch norm (+ residual) + activation."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
 from fused_resnet.ops.checks import check_act
 
 
-class BNAct2d(BatchNorm2d):
+class NormAct(nn.Module):
+    """Stands before a batch norm among the bases of a class, and gives it an activation, in one operator with it."""
+
+    act: str
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return unit.fused_bn_act(self, x, residual, self.act)
+
+    def train(self, mode: bool = True) -> "NormAct":
+        unit.forget(self)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act!r}"
+
+
+class BNAct2d(NormAct, BatchNorm2d):
     """`act(batch_norm(x) + residual)` in one operator; parameters, buffers and keys are `torch.nn.BatchNorm2d`'s.
 
     Shapes:
@@ -32,13 +48,3 @@ class BNAct2d(BatchNorm2d):
         )
         check_act(type(self).__name__, act)
         self.act = act
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return unit.fused_bn_act(self, x, residual, self.act)
-
-    def train(self, mode: bool = True) -> "BNAct2d":
-        unit.forget(self)
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self.act!r}"

@@ -1,15 +1,14 @@
 """Batch norm whose statistics are those of all processes' batches."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
-from fused_resnet.modules.bn_act import BNAct2d
+from fused_resnet.modules.bn_act import BNAct2d, NormAct
 from fused_resnet.ops.checks import check_act
 
 
-class SyncBNAct2d(nn.SyncBatchNorm):
+class SyncBNAct2d(NormAct, nn.SyncBatchNorm):
     """`BNAct2d` with the statistics of all processes: `act(sync_batch_norm(x) + residual)`, under the same keys.
 
     Shapes:
@@ -33,16 +32,6 @@ class SyncBNAct2d(nn.SyncBatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group)
         check_act(type(self).__name__, act)
         self.act = act
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return unit.fused_bn_act(self, x, residual, self.act)
-
-    def train(self, mode: bool = True) -> "SyncBNAct2d":
-        unit.forget(self)
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self.act!r}"
 
 
 # What becomes what. Every other batch norm has a forward of its own, or is torch's for other shapes.

@@ -208,17 +208,12 @@ def trainable(layers: Sequence[Layer | None]) -> bool:
     """Whether they can run as one operator: all are fusible, and normalise with the statistics of the same batch."""
     if None in layers:
         return False
-    groups, norms = {sync_group(layer.bn) for layer in layers}, {layer.bn for layer in layers}
-    return (
-        len(groups) == 1
-        and len(norms) == len(layers)
-        and all(
-            fusible(layer.conv, layer.bn)
-            and uses_batch_statistics(layer.bn)
-            and not isinstance(layer.conv.padding, str)
-            for layer in layers
-        )
-    )
+    for layer in layers:  # in inference the first one ends it, at every call
+        if not (fusible(layer.conv, layer.bn) and uses_batch_statistics(layer.bn)):
+            return False
+        if isinstance(layer.conv.padding, str):
+            return False
+    return len({sync_group(layer.bn) for layer in layers}) == 1 and len({layer.bn for layer in layers}) == len(layers)
 
 
 def again(run: Callable[[Tensor], Tensor], x: Tensor, lean: bool) -> Tensor:

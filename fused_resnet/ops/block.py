@@ -130,19 +130,16 @@ def _second_order(inputs: Inputs, form: Form, y: Tensor | None, grad: Tensor, ne
 def formula(inputs: Inputs, form: Form) -> Tensor:
     """The output of a block in plain PyTorch."""
 
-    def unit(i, x, act):
+    def unit(i, x):
         z = reference.convolution(x, inputs.weights[i], inputs.conv_biases[i], form.convs[i]) if form.convs else x
-        norm = Norm(*reference.moments(z), inputs.bn_weights[i], inputs.bn_biases[i], form.eps[i])
-        return z, norm, act
+        return z, Norm(*reference.moments(z), inputs.bn_weights[i], inputs.bn_biases[i], form.eps[i])
 
-    y = inputs.x
-    for i in range(max(form.depth, 1)):
-        z, norm, act = unit(i, y, form.acts[i])
-        if i < len(form.acts) - 1:
-            y = reference.activation(z, norm, act)
+    z, norm = unit(0, inputs.x)
+    for i in range(1, form.depth):
+        z, norm = unit(i, reference.activation(z, norm, form.acts[i - 1]))
     residual, residual_norm = inputs.x if form.shortcut == "input" else inputs.residual, None
     if form.shortcut == "projected":
-        residual, residual_norm, _ = unit(form.depth, inputs.x, "none")
+        residual, residual_norm = unit(form.depth, inputs.x)
     y = reference.norm_act(z, norm, residual, residual_norm, form.acts[-1])[0]
     return torch.nn.functional.max_pool2d(y, *form.pool) if form.pool else y
 

@@ -73,7 +73,8 @@ class Backward(Passes):
             if i == 0:
                 found = found._replace(x=d_y)
             elif self.reads[i]:
-                d_z = self._behind_norm(i - 1, d_y)
+                source = (None, None, form.acts[i - 1], None, None)
+                _, d_z, _ = self._behind_norm(i - 1, d_y, self.z[i - 1], source, self.writes[i - 1])
         return found
 
     def _convolution(self, i, grad, x, norm, act, needs_x, residual) -> Tensor | None:
@@ -110,58 +111,56 @@ class Backward(Passes):
     def _behind_end(self, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The gradient of the last convolution's output, and of what is added to it, or of the projection's."""
         form, inputs, i = self.form, self.inputs, max(self.form.depth, 1) - 1
-        x, norm, act = self.z[i] if form.depth else inputs.x, self.norms[i], form.acts[-1]
+        x = self.z[i] if form.depth else inputs.x
         needed = self.writes[-1] if form.depth else self.needs.x
         if form.pool:
-            return (self._behind_pool(grad, x, norm, act, needed), None)
-        residual, residual_norm, needs_residual = None, None, False
+            return self._behind_pool(i, grad, x, needed), None
+        mask = self.told if self.told.numel() else None
         if form.shortcut == "projected":
-            residual, residual_norm = self.z[-1], self.norms[-1]
-            needs_residual = needed = needed or any(self._needs_projection())
-        elif form.shortcut:
-            given = form.shortcut == "given"
-            residual = inputs.residual if given else inputs.x
-            needs_residual = self.needs.residual if given else self.needs.x
-        source = (residual, residual_norm, act, self.y, self.told if self.told.numel() else None)
-        arriving = grad if needs_residual and residual_norm is None else None
-        write = arriving is not None and act != "none"
+            source = (self.z[-1], self.norms[-1], form.acts[-1], self.y, mask)
+            _, d_z, d_residual = self._behind_norm(i, grad, x, source, needed or any(self._needs_projection()))
+            return d_z, d_residual
+        given = form.shortcut == "given"
+        needs_residual = bool(form.shortcut) and (self.needs.residual if given else self.needs.x)
+        source = (inputs.residual if given else inputs.x if form.shortcut else None, None, form.acts[-1], self.y, mask)
+        g, d_z, _ = self._behind_norm(i, grad, x, source, needed, write=needs_residual and form.acts[-1] != "none")
+        return d_z, g if needs_residual else None
+
+    def _needs_projection(self) -> tuple[bool, bool, bool]:
+        return self.needs.x, self.needs.weights[-1], self.needs.conv_biases[-1]
+
+    def _behind_norm(
+        self, i: int, grad: Tensor, x: Tensor, source: tuple, needed: bool, *, write: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Behind the activation and batch norm i of x; `source` is what the activation's slope is told from.
+
+        Returns:
+            the gradient behind the activation, where it is to be written; the gradient of x, and of a residual that has
+            a norm, where they are needed. Elsewhere `grad`, which nobody reads.
+        """
+        norm, residual_norm = self.norms[i], source[1]
         if x.numel() == 0:
             sums = [*_zeros(norm, 2), None if residual_norm is None else _zeros(norm, 1)[0]]
         else:
             g, *sums = self.norm_backend(x).norm_act_reduce(grad, x, norm, *source, write)
             if write:
-                grad, source, arriving = g, (None, None, "none", None, None), g
+                grad, source = g, (None, None, "none", None, None)
         self._note(i, *sums[:2])
         if residual_norm is not None:
             self._note(-1, sums[2], sums[1].clone())  # an operator's outputs have memory of their own
         sums = self._over_all(i, x, *sums)
         if not needed or x.numel() == 0:
-            return grad, arriving if residual_norm is None else grad
-        d_z, d_residual = self.norm_backend(x).norm_act_input_grad(grad, x, norm, *source, *sums, float(values(x)))
-        return d_z, arriving if residual_norm is None else d_residual
+            return grad, grad, grad
+        return grad, *self.norm_backend(x).norm_act_input_grad(grad, x, norm, *source, *sums, float(values(x)))
 
-    def _needs_projection(self) -> tuple[bool, bool, bool]:
-        return self.needs.x, self.needs.weights[-1], self.needs.conv_biases[-1]
-
-    def _behind_pool(self, grad: Tensor, x: Tensor, norm: Norm, act: str, needed: bool) -> Tensor:
-        pool = (self.told, x, norm, act, *self.form.pool)
-        g, sums = None, _zeros(norm, 2)
+    def _behind_pool(self, i: int, grad: Tensor, x: Tensor, needed: bool) -> Tensor:
+        """The gradient of x behind the pooling, the activation and batch norm i."""
+        pool = (self.told, x, self.norms[i], self.form.acts[i], *self.form.pool)
+        g, sums = None, _zeros(self.norms[i], 2)
         if x.numel():
             g, *sums = self.norm_backend(x).norm_act_max_pool2d_reduce(grad, *pool)
-        self._note(len(self.norms) - 1, *sums)
-        sums = self._over_all(len(self.norms) - 1, x, *sums)
+        self._note(i, *sums)
+        sums = self._over_all(i, x, *sums)
         if not needed or x.numel() == 0:
             return x
         return self.norm_backend(x).norm_act_max_pool2d_input_grad(grad, *pool, g, *sums, float(values(x)))
-
-    def _behind_norm(self, i: int, grad: Tensor) -> Tensor:
-        """The gradient of z[i], from that of act(norm(z[i]))."""
-        x, norm, source = self.z[i], self.norms[i], (None, None, self.form.acts[i], None, None)
-        sums = _zeros(norm, 2)
-        if x.numel():
-            _, *sums = self.norm_backend(x).norm_act_reduce(grad, x, norm, *source, False)[:3]
-        self._note(i, *sums)
-        sums = self._over_all(i, x, *sums)
-        if not self.writes[i] or x.numel() == 0:
-            return grad
-        return self.norm_backend(x).norm_act_input_grad(grad, x, norm, *source, *sums, None, float(values(x)))[0]

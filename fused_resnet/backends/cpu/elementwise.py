@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.cpu.extension import ACT_CODES
-from fused_resnet.backends.cpu.memory import empty, optional, vector
-from fused_resnet.backends.norm import Norm
+from fused_resnet.backends.cpu.memory import empty, norm_arguments, optional
 from fused_resnet.backends.reference import channels_last
 
 
@@ -56,11 +55,6 @@ def add_act_backward(grad, y, x, residual, act):
     return out
 
 
-def _norm(norm: Norm | None) -> tuple:
-    """A norm as the operators take it."""
-    return (None, None, None, None, 0.0) if norm is None else (*map(vector, norm[:4]), norm.eps)
-
-
 def _vectors(x: Tensor, count: int) -> list[Tensor]:
     return [torch.empty(x.shape[1]) for _ in range(count)]
 
@@ -73,7 +67,9 @@ def moments(x):
 
 def norm_act(x, norm, residual, residual_norm, act):
     x, y = channels_last(x), empty(x.shape, x.dtype)
-    torch.ops.fused_resnet_C.norm_act(x, *_norm(norm), optional(residual), *_norm(residual_norm), ACT_CODES[act], y)
+    torch.ops.fused_resnet_C.norm_act(
+        x, *norm_arguments(norm), optional(residual), *norm_arguments(residual_norm), ACT_CODES[act], y
+    )
     return y, None  # a bit an element gains nothing here
 
 
@@ -82,7 +78,7 @@ def norm_act_reduce(grad, x, norm, residual, residual_norm, act, y, mask, write)
     g = empty(x.shape, x.dtype) if write else None
     d_residual_weight = None if residual_norm is None else torch.empty_like(d_weight)
     torch.ops.fused_resnet_C.norm_act_reduce(
-        channels_last(grad), x, *_norm(norm), optional(residual), *_norm(residual_norm),
+        channels_last(grad), x, *norm_arguments(norm), optional(residual), *norm_arguments(residual_norm),
         optional(y), ACT_CODES[act], g, d_weight, d_bias, d_residual_weight,
     )  # fmt: skip
     return g, d_weight, d_bias, d_residual_weight
@@ -94,7 +90,7 @@ def norm_act_input_grad(
     x, d_x = channels_last(x), empty(x.shape, x.dtype)
     d_residual = None if residual_norm is None else empty(x.shape, x.dtype)
     torch.ops.fused_resnet_C.norm_act_input_grad(
-        channels_last(grad), x, *_norm(norm), optional(residual), *_norm(residual_norm),
+        channels_last(grad), x, *norm_arguments(norm), optional(residual), *norm_arguments(residual_norm),
         optional(y), ACT_CODES[act], d_weight, d_bias, d_residual_weight, count, d_x, d_residual,
     )  # fmt: skip
     return d_x, d_residual
@@ -103,15 +99,15 @@ def norm_act_input_grad(
 def norm_act_max_pool2d(x, norm, act, kernel, stride, padding, size):
     x, (y, argmax) = channels_last(x), _pooled(x, size)
     geometry = (*kernel, *stride, *padding)
-    torch.ops.fused_resnet_C.norm_act_max_pool(x, *_norm(norm), ACT_CODES[act], geometry, y, argmax)
+    torch.ops.fused_resnet_C.norm_act_max_pool(x, *norm_arguments(norm), ACT_CODES[act], geometry, y, argmax)
     return y, argmax
 
 
 def norm_act_max_pool2d_reduce(grad, argmax, x, norm, act, kernel, stride, padding):
     x, (d_weight, d_bias) = channels_last(x), _vectors(x, 2)
     torch.ops.fused_resnet_C.norm_act_max_pool_reduce(
-        channels_last(grad), channels_last(argmax), x, *_norm(norm), ACT_CODES[act], (*kernel, *stride, *padding),
-        d_weight, d_bias,
+        channels_last(grad), channels_last(argmax), x, *norm_arguments(norm), ACT_CODES[act],
+        (*kernel, *stride, *padding), d_weight, d_bias,
     )  # fmt: skip
     return None, d_weight, d_bias  # the next pass makes g again: it has four times the elements of grad
 
@@ -119,7 +115,7 @@ def norm_act_max_pool2d_reduce(grad, argmax, x, norm, act, kernel, stride, paddi
 def norm_act_max_pool2d_input_grad(grad, argmax, x, norm, act, kernel, stride, padding, g, d_weight, d_bias, count):
     x, d_x = channels_last(x), empty(x.shape, x.dtype)
     torch.ops.fused_resnet_C.norm_act_max_pool_input_grad(
-        channels_last(grad), channels_last(argmax), x, *_norm(norm), ACT_CODES[act], (*kernel, *stride, *padding),
-        d_weight, d_bias, count, d_x,
+        channels_last(grad), channels_last(argmax), x, *norm_arguments(norm), ACT_CODES[act],
+        (*kernel, *stride, *padding), d_weight, d_bias, count, d_x,
     )  # fmt: skip
     return d_x

@@ -1,9 +1,10 @@
-"""Outputs of the compiled kernels, in memory that is kept from call to call."""
+"""What the compiled kernels take, and their outputs, in memory that is kept from call to call."""
 
 import torch
 from torch import Tensor
 
 from fused_resnet.backends.cpu.extension import extension_missing
+from fused_resnet.backends.norm import Norm
 from fused_resnet.backends.reference import channels_last
 
 
@@ -31,3 +32,8 @@ def optional(value: Tensor | None) -> Tensor | None:
 
 def vector(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.float().contiguous()
+
+
+def norm_arguments(norm: Norm | None) -> tuple:
+    """A norm as the compiled operators take it."""
+    return (None, None, None, None, 0.0) if norm is None else (*map(vector, norm[:4]), norm.eps)

@@ -7,7 +7,7 @@ from fused_resnet.backends import reference
 from fused_resnet.backends.cpu.convolution import geometry, pack
 from fused_resnet.backends.cpu.elementwise import add_act, moments, norm_act
 from fused_resnet.backends.cpu.extension import ACT_CODES, engine_takes
-from fused_resnet.backends.cpu.memory import empty, vector
+from fused_resnet.backends.cpu.memory import empty, norm_arguments
 from fused_resnet.backends.reference import channels_last
 
 
@@ -70,12 +70,9 @@ def _weight_gradient(grad, x, norm, act, weight, args) -> Tensor | None:
     """Of a convolution of act(norm(x)), or of x where norm is None; None: it is left to aten."""
     if not _wgrad_pays(x, weight, args):
         return None
-    vectors, eps = (None, None, None, None), 0.0
-    if norm is not None:
-        vectors, eps = (norm.mean, norm.var, vector(norm.weight), vector(norm.bias)), norm.eps
     d_weight = torch.empty_like(weight, dtype=torch.float32)
     torch.ops.fused_resnet_C.conv_wgrad(
-        grad, channels_last(x), *vectors, eps, ACT_CODES[act], geometry(weight, args), d_weight
+        grad, channels_last(x), *norm_arguments(norm), ACT_CODES[act], geometry(weight, args), d_weight
     )
     return d_weight.to(weight.dtype)
 
