@@ -3,6 +3,7 @@
 from fused_resnet import ops
 from fused_resnet._version import __version__
 from fused_resnet.backends import available_backends, empty_cache, use_backend
+from fused_resnet.fusion import FusionReport, fuse, fusion_report, unfuse
 from fused_resnet.graphs import GraphedModel, graph
 from fused_resnet.models import (
     CIFARResNet,
@@ -58,6 +59,7 @@ __all__ = [
     "Bottleneck",
     "ConvBNAct2d",
     "DepthwiseSeparableConv2d",
+    "FusionReport",
     "GraphedModel",
     "SyncBNAct2d",
     "TuneReport",
@@ -67,9 +69,12 @@ __all__ = [
     "convert_sync_batchnorm",
     "empty_cache",
     "freeze_batch_norm",
+    "fuse",
+    "fusion_report",
     "graph",
     "ops",
     "tune",
+    "unfuse",
     "use_backend",
     "verify",
     "CIFARResNet",

@@ -38,7 +38,7 @@ class CuDNNFrontend(System):
             if (conv, x.shape) not in runs:
                 geometry = (tuple(conv.stride), tuple(conv.padding), tuple(conv.dilation), conv.groups)
                 layer = Layer(tuple(x.shape), tuple(conv.weight.shape), *geometry, residual is not None, act)
-                runs[conv, x.shape] = FusedConvolution(layer, (x, conv.weight, *folded(bn, conv.bias), residual))
+                runs[conv, x.shape] = FusedConvolution(layer, (x, conv.weight, *folded(bn, conv), residual))
             return runs[conv, x.shape](x, residual)
 
         def call():

@@ -39,7 +39,7 @@ def without_batch_norm(model: nn.Module, x: torch.Tensor) -> nn.Module:
     def run(conv, bn, x, residual, act):
         if bn not in norms:
             norms.add(bn)
-            scale, shift = folded(bn, conv.bias)
+            scale, shift = folded(bn, conv)
             weight = conv.weight.float() * scale[:, None, None, None]
             conv.weight = nn.Parameter(weight.to(x.dtype), requires_grad=False)
             conv.bias = nn.Parameter(shift.to(x.dtype), requires_grad=False)

@@ -13,7 +13,8 @@ from fused_resnet.models.registry import factory, register
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
 from fused_resnet.modules.blocks import BasicBlock, Bottleneck, PadShortcut, conv1x1, run_in_turn
-from fused_resnet.modules.max_pool import MaxPool2d, conv_bn_act_max_pool
+from fused_resnet.modules.chain import chain
+from fused_resnet.modules.max_pool import MaxPool2d
 
 SHORTCUTS = ("A", "B", "C", "none")
 
@@ -110,7 +111,7 @@ class ResNet(unit.FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self).stem is ResNet.stem:
-            x = conv_bn_act_max_pool(self.conv1, self.bn1, self.maxpool, x)
+            x = chain([unit.Layer(self.conv1, self.bn1)], x, pool=self.maxpool)
         else:
             x = self.maxpool(self.stem(x))
         for stage in self.stages():  # no map is held for longer than its reader needs it

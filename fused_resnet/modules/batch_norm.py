@@ -1,6 +1,7 @@
 """Batch norm that can be frozen, and what the fused modules read from one."""
 
 import weakref
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -51,8 +52,25 @@ def freeze_batch_norm(module: nn.Module, frozen: bool = True) -> nn.Module:
     return module
 
 
-def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
-    return bn.training or bn.running_mean is None
+# Norms of other libraries that normalise as torch's, by where they are defined. A "norm+act" has an activation behind
+# it, its child `act`, after `drop`.
+_FOREIGN = {
+    ("torchvision.ops.misc", "FrozenBatchNorm2d"): "frozen",
+    ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"): "frozen",
+    ("timm.layers.norm_act", "BatchNormAct2d"): "norm+act",
+    ("timm.layers.norm_act", "SyncBatchNormAct"): "norm+act",
+    ("timm.layers.norm_act", "FrozenBatchNormAct2d"): "norm+act",
+}
+
+
+def foreign_norm(cls: type) -> str | None:
+    """What a class of torchvision, timm or detectron2 is: "frozen" or "norm+act"; None: something else."""
+    return _FOREIGN.get((cls.__module__, cls.__name__))
+
+
+def uses_batch_statistics(bn: nn.Module) -> bool:
+    """Whether it normalises with the batch's own mean and variance: a frozen one of another library never does."""
+    return (bn.training and isinstance(bn, nn.modules.batchnorm._BatchNorm)) or bn.running_mean is None
 
 
 def running_arguments(bn: nn.Module) -> dict:
@@ -97,31 +115,40 @@ def sync_group(bn: nn.Module) -> str:
 _folded: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def folded(bn: nn.BatchNorm2d, conv_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """fp32 `scale` and `shift` of a batch norm in eval mode (and of the bias of the convolution before it).
+def folded(bn: nn.Module | None, conv: nn.Conv2d | None = None) -> tuple[Tensor, Tensor]:
+    """fp32 `scale` and `shift` of a batch norm in eval mode, or of none, and of the bias of the convolution before it.
 
     Kept against the version counters of what they were derived from; derived anew where a gradient is wanted, and
     inside `torch.compile`, where they are a few operations that fuse.
     """
-    sources = (bn.weight, bn.bias, bn.running_mean, bn.running_var, conv_bias)
+    bias = None if conv is None else conv.bias
+    sources = (conv.weight, bias) if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var, bias)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources)
+    fold = partial(_unscaled, conv) if bn is None else partial(_fold, bn, bias)
     if torch.compiler.is_compiling() or wants_grad:
-        return _fold(bn, conv_bias)
-    state = (bn.eps, *[version(t) for t in sources])
-    kept = _folded.get(bn)
+        return fold()
+    owner = conv if bn is None else bn
+    state = (None if bn is None else bn.eps, *[version(t) for t in sources])
+    kept = _folded.get(owner)
     if kept is not None and kept[0] == state:
-        return hold(kept[1], bn)
+        return hold(kept[1], owner)
     with torch.inference_mode(False), torch.no_grad():
-        value = _fold(bn, conv_bias)
+        value = fold()
     # The memory is held: freed by `.data = ...` or `.to()`, its address could come back with other contents.
     if computed_now(value[0]):
-        _folded[bn] = (state, value, [None if t is None else t.detach() for t in sources])
-    return hold(value, bn)
+        _folded[owner] = (state, value, [None if t is None else t.detach() for t in sources])
+    return hold(value, owner)
 
 
-def _fold(bn: nn.BatchNorm2d, conv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fold(bn: nn.Module, conv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     scale, shift = fold_batch_norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
     return scale, shift if conv_bias is None else shift + conv_bias.to(scale.dtype) * scale
+
+
+def _unscaled(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(conv.weight.dtype, torch.float32)
+    scale = torch.ones(conv.out_channels, dtype=wide, device=conv.weight.device)
+    return scale, torch.zeros_like(scale) if conv.bias is None else conv.bias.to(wide)
 
 
 def forget_folded(module: nn.Module) -> None:

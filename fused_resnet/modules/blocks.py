@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import BatchNorm2d
+from fused_resnet.modules.chain import chain
 
 # The map that the running block may overwrite.
 _given: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("fused_resnet_given", default=None)
@@ -64,21 +65,16 @@ class _ResidualBlock(unit.FusedModule):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        layers, projection = self._layers(), self._projection()
-        if unit.trainable([*layers, projection] if projection is not None else layers):
-            identity = self.residual and self.downsample is None
-            added = None
-            if self.residual and self.downsample is not None and projection is None:
-                added = self.downsample(x)
-            return unit.train(layers, x, residual=added, projection=projection, add_input=identity, lean=self.lean)
-        return unit.again(lambda x: self._one_by_one(layers, projection, x), x, self.lean and self.training)
-
-    def _one_by_one(self, layers: list[unit.Layer], projection: unit.Layer | None, x: Tensor) -> Tensor:
-        residual, ours = self._shortcut(x, projection)
-        *layers, last = layers
-        for layer in layers:
-            x = unit.conv_bn_act(layer.conv, layer.bn, x, act=layer.act)
-        return unit.conv_bn_act(last.conv, last.bn, x, residual, last.act, overwrite=ours)
+        projection, branch = self._projection(), self.downsample if self.residual else None
+        return chain(
+            self._layers(),
+            x,
+            residual=branch(x) if branch is not None and projection is None else None,
+            projection=projection,
+            add_input=self.residual and branch is None,
+            lean=self.lean and self.training,
+            given=_is_given(x),
+        )
 
     def _projection(self) -> unit.Layer | None:
         """The shortcut, where it is a convolution with batch norm that nobody looks into."""
@@ -87,17 +83,6 @@ class _ResidualBlock(unit.FusedModule):
             conv, bn = branch
             return unit.Layer(conv, bn, "none") if isinstance(conv, nn.Conv2d) else None
         return None
-
-    def _shortcut(self, x: Tensor, projection: unit.Layer | None) -> tuple[Tensor | None, bool]:
-        """What is added to the main branch, None in a plain network; and whether nobody else can see it."""
-        if not self.residual:
-            return None, False
-        if self.downsample is None:
-            return x, _is_given(x) and unit.fusible(self.conv1, self.bn1)
-        if projection is None:
-            return self.downsample(x), False
-        conv, bn, act = projection
-        return unit.conv_bn_act(conv, bn, x, act=act), unit.fusible(conv, bn)
 
 
 class BasicBlock(_ResidualBlock):

@@ -26,25 +26,27 @@ _prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def prepared(
-    conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, act: str, *, max_pool: bool = False
+    conv: nn.Conv2d, bn: nn.Module | None, x: Tensor, residual: Tensor | None, act: str, *, max_pool: bool = False
 ) -> Callable | None:
     """Return `run(x, residual, out)` with the result of `act(bn(conv(x)) + residual)`, written to `out` or, for None,
-    to a fresh tensor; None where the operator has to be called.
+    to a fresh tensor; None where the operator has to be called. `bn` may be None.
 
     `max_pool`: with a 3x3 max-pool of stride 2 and padding 1 behind it, without a residual.
     """
     if not ops.may_call_directly(x, residual):
         return None
     like_residual = None if residual is None else (residual.shape, residual.dtype, residual.device)
-    parameters, bn_parameters, buffers = conv._parameters, bn._parameters, bn._buffers
+    parameters = conv._parameters
     try:
-        sources = (
-            parameters["weight"], parameters["bias"], bn_parameters["weight"], bn_parameters["bias"],
-            buffers["running_mean"], buffers["running_var"],
-        )  # fmt: skip
+        sources = (parameters["weight"], parameters["bias"])
+        if bn is not None:
+            bn_parameters, buffers = bn._parameters, bn._buffers
+            sources += (
+                bn_parameters["weight"], bn_parameters["bias"], buffers["running_mean"], buffers["running_var"]
+            )  # fmt: skip
         # As backends.packing.version, written out: it is asked for six tensors at every call.
         state = [None if t is None else (t._version, t.data_ptr(), t.dtype) for t in sources]
-        state += [bn.eps, sources[0].shape, sources[0].stride()]
+        state += [None if bn is None else bn.eps, sources[0].shape, sources[0].stride()]
     except (KeyError, RuntimeError):  # a parametrized convolution; inference tensors, whose changes are not counted
         return None
     key = (
@@ -61,7 +63,7 @@ def prepared(
         if max_pool:
             prepare, options = ops.prepare_conv_scale_act_max_pool2d, {}
         run = prepare(
-            x, conv.weight, *folded(bn, conv.bias), act=act,
+            x, conv.weight, *folded(bn, conv), act=act,
             stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups, **options,
         )  # fmt: skip
         if computed_now(x):

@@ -21,6 +21,7 @@ from fused_resnet.modules.batch_norm import (
     BatchNorm2d,
     count_batch,
     folded,
+    foreign_norm,
     forget_folded,
     running_arguments,
     sync_group,
@@ -124,8 +125,10 @@ def plain_convolution(conv: nn.Module) -> bool:
 
 
 def plain_batch_norm(bn: nn.Module) -> bool:
-    plain = type(bn) in (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm) and "forward" not in vars(bn)
-    return plain and not hooked(bn)
+    """Whether it does what batch norm does and no more. Of a "norm+act" that `fuse` has taken apart, its norm does."""
+    plain = type(bn) in (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    plain = plain or foreign_norm(type(bn)) == "frozen" or getattr(type(bn), "taken_apart", False)
+    return plain and "forward" not in vars(bn) and not hooked(bn)
 
 
 def fusible(conv: nn.Module, bn: nn.Module) -> bool:
@@ -150,12 +153,23 @@ def conv_bn_act(
         return bn_act(bn, conv(x), residual, act)
     if uses_batch_statistics(bn):
         return train([Layer(conv, bn, act)], x, residual=residual)
-    forget_sharded(conv, bn)
+    return _scaled(conv, bn, x, residual, act, overwrite)
+
+
+def conv_act(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None, act: str = "relu") -> Tensor:
+    """Return `act(conv(x) + residual)` of a plain convolution, in inference."""
+    return _scaled(conv, None, x, residual, act, overwrite=False)
+
+
+def _scaled(
+    conv: nn.Conv2d, bn: nn.Module | None, x: Tensor, residual: Tensor | None, act: str, overwrite: bool
+) -> Tensor:
+    forget_sharded(conv, *([] if bn is None else [bn]))
     run = prepared(conv, bn, x, residual, act)
     if run is not None:
         return run(x, residual, residual if overwrite else None)
     geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
-    return ops.conv_scale_act(x, conv.weight, *folded(bn, conv.bias), residual=residual, act=act, **geometry)
+    return ops.conv_scale_act(x, conv.weight, *folded(bn, conv), residual=residual, act=act, **geometry)
 
 
 def bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = "relu") -> Tensor:

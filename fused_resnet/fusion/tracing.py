@@ -1,0 +1,286 @@
+"""What a network computes, as a graph of operations and of the calls of modules that they stand in.
+
+Every forward is run on symbols instead of tensors (`torch.fx`), down to the modules of `torch.nn`. A forward that
+cannot be run so, or that is not a function of its arguments (it draws random numbers, changes its attributes, asks
+whether gradients are on), is left whole: its module becomes one operation, and its children are traced by themselves.
+"""
+
+import builtins
+import contextlib
+import inspect
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from fused_resnet.fusion.kinds import is_leaf
+from fused_resnet.modules import unit
+from fused_resnet.modules.batch_norm import foreign_norm
+
+# What every module has, and no forward reads.
+_INTERNAL = frozenset(vars(nn.Module()))
+_tracing = threading.RLock()  # fx patches nn.Module while it traces
+
+# What may be asked of a tensor that is no symbol.
+_METADATA = frozenset(("__get__", "dim", "size", "stride", "numel", "__len__", "__hash__", "is_floating_point"))
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module in a trace.
+
+    Attributes:
+        args, kwargs, output: nests of `fx.Node`s and constants.
+        items: the operations and calls within it, in order.
+        attributes: what its forward may have read of the module.
+    """
+
+    module: nn.Module
+    parent: "Call | None"
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+    output: Any = None
+    items: list = field(default_factory=list)
+    attributes: dict = field(default_factory=dict)
+
+    def ancestors(self) -> "list[Call]":
+        """Itself and the calls that it stands in, outermost first."""
+        return [*(self.parent.ancestors() if self.parent else ()), self]
+
+    def nodes(self) -> Iterator[fx.Node]:
+        for item in self.items:
+            if isinstance(item, Call):
+                yield from item.nodes()
+            else:
+                yield item
+
+
+@dataclass
+class Trace:
+    """What a module computes in one mode: `call` is None where its own forward could not be traced.
+
+    `whole`: the modules that were left whole because of what their forward does, and what that is.
+    """
+
+    call: Call | None
+    whole: dict[nn.Module, str]
+
+
+class _NotAFunctionError(Exception):
+    """A forward does something that a graph of operations does not tell."""
+
+
+class _NoConstants(TorchFunctionMode):
+    """Refuses what would be computed once and kept, as a random number is: functions of no symbol."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if name not in _METADATA and not _holds_symbol([*args, *kwargs.values()]):
+            raise _NotAFunctionError(f"it calls {name}, not on its arguments")
+        return func(*args, **kwargs)
+
+
+def _holds_symbol(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_holds_symbol, value))
+    return isinstance(value, fx.Proxy)
+
+
+class _One(nn.Module):
+    """fx looks at a root's children, so that what is traced is a child."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class _Two(_One):
+    def forward(self, x, y):
+        return self.inner(x, y)
+
+
+class _Three(_One):
+    def forward(self, x, y, z):
+        return self.inner(x, y, z)
+
+
+_ROOTS = {1: _One, 2: _Two, 3: _Three}
+
+
+def trace(module: nn.Module) -> Trace:
+    """Trace a module, called with as many tensors as its forward has arguments without a default."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(needed) not in _ROOTS:
+        return Trace(None, {module: f"its forward takes {len(needed)} arguments without a default"})
+    root = _ROOTS[len(needed)](module)
+    tracer = _Tracer(root)
+    with _tracing, tracer.surroundings():
+        try:
+            tracer.trace(root)
+        except Exception as error:
+            return Trace(None, {**tracer.whole, module: _reason(error)})
+    return Trace(next((item for item in tracer.outermost.items if isinstance(item, Call)), None), tracer.whole)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return text if isinstance(error, _NotAFunctionError) else f"{type(error).__name__}: {text}"[:160]
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, root: nn.Module):
+        super().__init__()
+        self.names = {id(t): name for name, t in [*root.named_parameters(), *root.named_buffers()]}
+        self.thread = threading.get_ident()
+        self.outermost = self.current = Call(root, None)
+        self.whole: dict[nn.Module, str] = {}
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Where forwards that are no functions of their arguments fail, and symbols are Tensors for those that ask."""
+        asked, is_instance = torch.is_grad_enabled, isinstance
+
+        def refuse():
+            if threading.get_ident() == self.thread:
+                raise _NotAFunctionError("it asks whether gradients are on")
+            return asked()
+
+        def instance_of(value, kind):
+            # Not by a `__class__` of the symbol: PyTorch's compiled part would believe it, and read its memory.
+            return is_instance(value, kind) or (type(value) is fx.Proxy and is_tensor_class(kind))
+
+        patched = (
+            mock.patch.object(torch, "is_grad_enabled", refuse),
+            mock.patch.object(builtins, "isinstance", instance_of),
+        )
+        with patched[0], patched[1], _NoConstants():
+            yield
+
+    # --- what fx calls ------------------------------------------------------------------------------------------------
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["call"] = self.current
+        self.current.items.append(node)
+        return node
+
+    def create_arg(self, a: Any):
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        """Parameters and buffers are symbols too, each time anew: a graph that is taken back takes its own back."""
+        if not isinstance(attr_val, Tensor) or threading.get_ident() != self.thread:
+            return attr_val
+        name = self.names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        symbol = self.create_proxy("get_attr", name, (), {})
+        symbol.node.meta["tensor"] = attr_val
+        return symbol
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        if foreign_norm(type(m)) == "norm+act" and not unit.hooked(m) and len(args) == 1 and not kwargs:
+            return self._inline(m, lambda x: m.act(m.drop(self._operation(m, (x,), {}))), args, kwargs)
+        if is_leaf(m) or unit.hooked(m) or "forward" in vars(m):
+            return self._operation(m, args, kwargs)
+        start = len(self.current.items)
+        try:
+            return self._inline(m, forward, args, kwargs)
+        except Exception as error:
+            self.whole[m] = _reason(error)
+            self._take_back(start)
+            return self._operation(m, args, kwargs)
+
+    # --- calls --------------------------------------------------------------------------------------------------------
+
+    def _operation(self, m: nn.Module, args: tuple, kwargs: dict) -> fx.Proxy:
+        symbol = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+        symbol.node.meta["module"] = m
+        return symbol
+
+    def _inline(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        call = Call(m, self.current, as_nodes(args), as_nodes(kwargs), attributes=attributes(m))
+        outer, self.current = self.current, call
+        outer.items.append(call)
+        chance = random.getstate()
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self.current = outer
+        if attributes(m) != call.attributes:
+            raise _NotAFunctionError("it changes its attributes")
+        if random.getstate() != chance:
+            raise _NotAFunctionError("it draws random numbers")
+        call.output = as_nodes(output)
+        return output
+
+    def _take_back(self, start: int) -> None:
+        """Remove what a forward has left in the graph before it failed."""
+        items = self.current.items[start:]
+        del self.current.items[start:]
+        for item in reversed(items):
+            for node in reversed(list(item.nodes()) if isinstance(item, Call) else [item]):
+                self.graph.erase_node(node)
+
+
+def is_tensor_class(kind: Any) -> bool:
+    """Whether a tensor is an instance of a class, or of one of a tuple."""
+    kinds = kind if type(kind) is tuple else (kind,)
+    return any(is_tensor_class(k) if type(k) is tuple else k is Tensor for k in kinds)
+
+
+def as_nodes(value: Any) -> Any:
+    """A nest of symbols as a nest of `fx.Node`s."""
+    if isinstance(value, fx.Proxy):
+        return value.node
+    if isinstance(value, (tuple, list)):
+        items = [as_nodes(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return {key: as_nodes(item) for key, item in value.items()} if type(value) is dict else value
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """What a forward may read of a module besides its parameters, buffers and children, and their names.
+
+    Lists and dicts by the identity of what they hold. Equal where nothing was assigned.
+    """
+    found = {name: _frozen(value) for name, value in vars(module).items() if name not in _INTERNAL and name != STATE}
+    return {**found, "children": tuple(module._modules), "training": module.training}
+
+
+STATE = "_fused_resnet"  # the attribute by which `convert` marks a module
+
+
+class _Same:
+    """An object that is equal to itself alone."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    __hash__ = None
+
+
+def _frozen(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    return _Same(value)

@@ -1,0 +1,239 @@
+"""Writing the part of a trace that is one module's forward as a Python function, every place one call of `fusion.run`.
+
+A call of a child in which none of the places stands stays a call of that child; of others the forward becomes part of
+the function.
+"""
+
+from typing import Any
+
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fused_resnet.fusion import kinds, run
+from fused_resnet.fusion.places import Place, Unit
+from fused_resnet.fusion.programs import Leaf, Path, Program, Seen, own_class
+from fused_resnet.fusion.tracing import Call, attributes
+from fused_resnet.modules.batch_norm import foreign_norm
+
+_PLAIN = (type(None), bool, int, float, str, type(...))
+
+
+class CannotWriteError(Exception):
+    """A part of a trace that is no function of its module."""
+
+
+def write(call: Call, places: list[Place], lean: bool) -> Program:
+    """The fused forward of `call.module`, in which `places` stand.
+
+    Raises:
+        CannotWriteError: it uses what cannot be reached from the module.
+    """
+    return _Writer(call, places, lean).program()
+
+
+class _Writer:
+    def __init__(self, call: Call, places: list[Place], lean: bool):
+        self.call, self.lean = call, lean
+        self.ends = {place.last: place for place in places}
+        self.members = {node for place in places for node in place.nodes()}
+        self.opened = {outer for node in self.members for outer in node.meta["call"].ancestors()}
+        self.paths: dict[nn.Module, Path] = {
+            module: tuple(name.split(".")) if name else () for name, module in call.module.named_modules()
+        }
+        self.variables: dict[fx.Node, str] = {}
+        self.constants: dict[str, Any] = {}
+        self.lines: list[tuple[str, str, set[str]]] = []  # variable, expression, variables that it reads
+        self.reads: set[str] = set()
+        self.seen: dict[Path, Seen] = {}
+
+    def program(self) -> Program:
+        leaves, spec = pytree.tree_flatten((self.call.args, self.call.kwargs))
+        names = []
+        for leaf in leaves:
+            if isinstance(leaf, fx.Node):
+                names.append(f"x{len(names)}")
+                self.variables[leaf] = names[-1]
+            elif not isinstance(leaf, _PLAIN):
+                raise CannotWriteError(f"an argument is a {type(leaf).__name__}")
+        form = ([Leaf.TENSOR if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec)
+        self._open(self.call)
+        self._line("", "return " + self._text(self.call.output))
+        source = f"def forward({', '.join(['self', *names])}):\n" + "".join(self._with_ends())
+        return Program(source, self.constants, form, list(self.seen.values()))
+
+    def _with_ends(self) -> list[str]:
+        """The lines; a variable ends with the last line that reads it, for it may hold a large map."""
+        later: set[str] = set()
+        found = []
+        for variable, expression, reads in reversed(self.lines):
+            ends = sorted(reads - later)
+            later |= reads
+            given = f"{variable} = " if variable else ""
+            end = f"; {' = '.join(ends)} = None" if ends and variable else ""
+            found.append(f"    {given}{expression}{end}\n")
+        return found[::-1]
+
+    # --- operations and calls -----------------------------------------------------------------------------------------
+
+    def _open(self, call: Call) -> None:
+        self._see(call.module, call.attributes)
+        for item in call.items:
+            if isinstance(item, Call):
+                if item in self.opened or not self._made_within(item):
+                    self._open(item)
+                else:
+                    self._call(item)
+            elif item in self.ends:
+                self._define(item, self._place(self.ends[item]))
+            elif item not in self.members:
+                self._define(item, self._operation(item))
+
+    def _made_within(self, call: Call) -> bool:
+        """Whether what a call returns was made in it: a child that returns its argument cannot stay a call."""
+        nodes = set(call.nodes())
+        returned = [leaf for leaf in pytree.tree_leaves(call.output) if isinstance(leaf, fx.Node)]
+        return bool(returned) and nodes.issuperset(returned)
+
+    def _call(self, call: Call) -> None:
+        result = self._fresh()
+        self._line(result, f"{self._module(call.module)}({self._arguments(call.args, call.kwargs)})")
+        self._unpack(result, call.output)
+
+    def _unpack(self, name: str, output: Any) -> None:
+        if isinstance(output, fx.Node):
+            self.variables[output] = name
+        elif isinstance(output, (tuple, list, dict)):
+            pairs = output.items() if isinstance(output, dict) else enumerate(output)
+            for key, item in pairs:
+                part = self._fresh()
+                self.reads.add(name)
+                self._line(part, f"{name}[{key!r}]")
+                self._unpack(part, item)
+
+    def _operation(self, node: fx.Node) -> str:
+        arguments = self._arguments(node.args, node.kwargs)
+        if node.op == "call_module":
+            module = kinds.module_of(node)
+            if foreign_norm(type(module)) == "norm+act" and node.meta["call"].module is module:
+                return f"{self._constant(run.norm)}({self._module(module)}, {arguments})"
+            return f"{self._module(module)}({arguments})"
+        if node.op == "call_function":
+            return f"{self._constant(node.target)}({arguments})"
+        if node.op == "call_method":
+            return f"{self._text(node.args[0])}.{node.target}({self._arguments(node.args[1:], node.kwargs)})"
+        return self._parameter(node)
+
+    def _parameter(self, node: fx.Node) -> str:
+        for module, path in self.paths.items():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and tensor is node.meta.get("tensor"):
+                    return f"{_dotted(path)}.{name}"
+        raise CannotWriteError("a tensor is not a parameter or a buffer of it")
+
+    # --- places -------------------------------------------------------------------------------------------------------
+
+    def _place(self, place: Place) -> str:
+        act = "none" if place.act is None else self._act(place.act)
+        residual = "None" if place.residual is None else self._text(place.residual)
+        x = self._text(place.x)
+        if not place.units:
+            return f"{self._constant(run.add_act)}({x}, {residual}, {act!r})"
+        *_, last = place.units
+        if place.add is None:
+            act = "none" if last.act is None else self._act(last.act)
+        if not last.whole:
+            function = run.bn_act if last.conv is None else run.conv_act
+            module = self._unit_modules(last)[0]
+            return f"{self._constant(function)}({module}, {x}, {residual}, {act!r})"
+        return f"{self._constant(run.block)}({self._units(place, act)}, {x}{self._options(place, residual)})"
+
+    def _units(self, place: Place, act: str) -> str:
+        acts = ["none" if unit.act is None else self._act(unit.act) for unit in place.units[:-1]] + [act]
+        layers = [f"({', '.join(self._unit_modules(unit))}, {a!r})" for unit, a in zip(place.units, acts, strict=True)]
+        return f"({', '.join(layers)},)"
+
+    def _options(self, place: Place, residual: str) -> str:
+        options = ""
+        if place.projection is not None:
+            options += f", projection=({', '.join(self._unit_modules(place.projection))}, 'none')"
+        elif place.add is not None:
+            options += ", add_input=True" if place.residual is place.x else f", residual={residual}"
+        if place.pool is not None:
+            pool = kinds.module_of(place.pool)
+            self._see(pool, attributes(pool))
+            options += f", pool={self._module(pool)}"
+        return options + (", lean=True" if self.lean else "")
+
+    def _unit_modules(self, unit: Unit) -> list[str]:
+        modules = [kinds.module_of(node) for node in (unit.conv, unit.norm) if node is not None]
+        for module in modules:
+            if foreign_norm(type(module)) != "norm+act":  # of which the forward is part of the program
+                self._see(module, None, norm=kinds.is_norm_module(module))
+        return [self._module(module) for module in modules]
+
+    def _act(self, node: fx.Node) -> str:
+        module = kinds.module_of(node)
+        if module is not None:
+            self._see(module, attributes(module))
+        return kinds.act_of(node)
+
+    # --- text ---------------------------------------------------------------------------------------------------------
+
+    def _see(self, module: nn.Module, read: dict | None, norm: bool = False) -> None:
+        path = self._path(module)
+        if path not in self.seen:
+            self.seen[path] = Seen(path, own_class(module), read, norm)
+
+    def _path(self, module: nn.Module) -> Path:
+        if module not in self.paths:
+            raise CannotWriteError(f"a {type(module).__name__} that it calls is not a child")
+        return self.paths[module]
+
+    def _module(self, module: nn.Module) -> str:
+        return _dotted(self._path(module))
+
+    def _define(self, node: fx.Node, expression: str) -> None:
+        self.variables[node] = self._fresh()
+        self._line(self.variables[node], expression)
+
+    def _fresh(self) -> str:
+        return f"v{len(self.lines)}"
+
+    def _line(self, variable: str, expression: str) -> None:
+        self.lines.append((variable, expression, self.reads))
+        self.reads = set()
+
+    def _arguments(self, args: tuple, kwargs: dict) -> str:
+        return ", ".join([self._text(a) for a in args] + [f"{key}={self._text(a)}" for key, a in kwargs.items()])
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            if value not in self.variables:
+                raise CannotWriteError("it reads what was made inside a child")
+            self.reads.add(self.variables[value])
+            return self.variables[value]
+        if isinstance(value, slice):
+            return f"slice({', '.join(self._text(part) for part in (value.start, value.stop, value.step))})"
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return f"{self._constant(type(value))}({', '.join(self._text(item) for item in value)})"
+        if isinstance(value, tuple):
+            return f"({''.join(self._text(item) + ', ' for item in value)})"
+        if isinstance(value, list):
+            return f"[{', '.join(self._text(item) for item in value)}]"
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{key!r}: {self._text(item)}' for key, item in value.items())}}}"
+        return self._constant(value)
+
+    def _constant(self, value: Any) -> str:
+        if type(value) in (type(None), bool, int, str):
+            return repr(value)
+        for name, known in self.constants.items():
+            if known is value:
+                return name
+        name = f"{getattr(value, '__name__', 'constant').strip('_<>')}_{len(self.constants)}"
+        self.constants[name if name.isidentifier() else f"constant_{len(self.constants)}"] = value
+        return next(reversed(self.constants))
+
+
+def _dotted(path: Path) -> str:
+    return "self" + "".join(f".{name}" if name.isidentifier() else f"._modules[{name!r}]" for name in path)
