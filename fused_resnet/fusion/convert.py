@@ -73,7 +73,7 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 def _program(module: nn.Module) -> Program | None:
     """The program that may run now."""
     program = module.__dict__[STATE].programs.get(module.training)
-    if program is None or unit.is_unfused() or not program.holds(module):
+    if program is None or unit.is_unfused() or unit.hooked_everywhere() or not program.holds(module):
         return None
     return program
 

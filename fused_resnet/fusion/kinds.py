@@ -56,6 +56,14 @@ def is_leaf(module: nn.Module) -> bool:
     return torchs_own or isinstance(module, (_ConvNd, _BatchNorm)) or foreign_norm(type(module)) is not None
 
 
+def returns_a_tensor(module: nn.Module) -> bool:
+    """Whether an operation's module is known to return one tensor."""
+    several = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+    if isinstance(module, several) or getattr(module, "return_indices", False):
+        return False
+    return type(module).__module__.startswith("torch.nn.modules") or is_candidate(module) or is_ours(module)
+
+
 def is_candidate(module: nn.Module) -> bool:
     """Whether it is a convolution or a batch norm, of any kind: the report says what became of it."""
     return isinstance(module, _ConvNd) or is_norm_module(module)

@@ -5,7 +5,7 @@ now, another activation, or a changed attribute, the module's own forward runs i
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -37,6 +37,14 @@ class Seen:
     kind: type
     attributes: dict[str, Any] | None = None
     norm: bool = False
+    # The same for the usual case, in which nothing was assigned: what is in the module's dict, object by object.
+    objects: tuple | None = field(default=None, compare=False, repr=False)
+
+    def __getstate__(self) -> tuple:
+        return self.path, self.kind, self.attributes, self.norm
+
+    def __setstate__(self, state: tuple) -> None:
+        self.__init__(*state)
 
     def still(self, root: nn.Module) -> bool:
         module = root
@@ -45,10 +53,27 @@ class Seen:
             if module is None:
                 return False
         if self.norm:
-            return kinds.is_norm_module(module)
-        if own_class(module) is not self.kind or "forward" in vars(module) or (self.path and unit.hooked(module)):
+            return kinds.is_norm_module(module) and not getattr(type(module), "taken_apart", False)
+        found = vars(module)
+        if own_class(module) is not self.kind or "forward" in found or (self.path and unit.hooked(module)):
             return False
-        return self.attributes is None or attributes(module) == self.attributes
+        return self.attributes is None or self._same(module, found)
+
+    def _same(self, module: nn.Module, found: dict[str, Any]) -> bool:
+        if self.objects is not None:
+            count, objects, children = self.objects
+            if len(found) == count and tuple(module._modules) == children:
+                for name, value in objects:
+                    if found.get(name) is not value:
+                        break
+                else:
+                    return True
+        if attributes(module) != self.attributes:
+            return False
+        own = [(name, value) for name, value in found.items() if name in self.attributes]
+        if not any(isinstance(value, (list, dict, set)) for _, value in own):  # which change and stay the same object
+            self.objects = len(found), own, self.attributes["children"]
+        return True
 
 
 def own_class(module: nn.Module) -> type:

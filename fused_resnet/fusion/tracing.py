@@ -7,6 +7,7 @@ whether gradients are on), is left whole: its module becomes one operation, and 
 
 import builtins
 import contextlib
+import copy
 import inspect
 import random
 import threading
@@ -15,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fused_resnet.fusion.kinds import is_leaf
+from fused_resnet.fusion.kinds import is_leaf, returns_a_tensor
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import foreign_norm
 
@@ -88,9 +90,20 @@ class _NoConstants(TorchFunctionMode):
 
 
 def _holds_symbol(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
+    if type(value) in (tuple, list):
         return any(map(_holds_symbol, value))
     return isinstance(value, fx.Proxy)
+
+
+class Symbol(fx.Proxy):
+    """A tensor without data; `known`: that it is a tensor, which cannot be said of what an unknown module returns."""
+
+    known: bool = True
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "known" or not hasattr(Tensor, name):  # forwards tell other things from tensors by what they have
+            raise AttributeError(name)
+        return super().__getattr__(name)
 
 
 class _One(nn.Module):
@@ -149,25 +162,39 @@ class _Tracer(fx.Tracer):
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[None]:
         """Where forwards that are no functions of their arguments fail, and symbols are Tensors for those that ask."""
-        asked, is_instance = torch.is_grad_enabled, isinstance
+        is_instance = isinstance
 
-        def refuse():
-            if threading.get_ident() == self.thread:
-                raise _NotAFunctionError("it asks whether gradients are on")
-            return asked()
+        def refuses(name):
+            asked = getattr(torch, name)
+
+            def refuse(*args):
+                if threading.get_ident() == self.thread:
+                    raise _NotAFunctionError(f"it asks torch.{name}")
+                return asked(*args)
+
+            return mock.patch.object(torch, name, refuse)
 
         def instance_of(value, kind):
             # Not by a `__class__` of the symbol: PyTorch's compiled part would believe it, and read its memory.
-            return is_instance(value, kind) or (type(value) is fx.Proxy and is_tensor_class(kind))
+            if type(value) is not Symbol:
+                return is_instance(value, kind)
+            if is_instance(value, kind):
+                return True
+            if not value.known and _names(kind, (Tensor, tuple, list, dict)):
+                raise _NotAFunctionError("it asks what a child has returned")
+            return _names(kind, (Tensor,))
 
-        patched = (
-            mock.patch.object(torch, "is_grad_enabled", refuse),
-            mock.patch.object(builtins, "isinstance", instance_of),
-        )
-        with patched[0], patched[1], _NoConstants():
+        with contextlib.ExitStack() as stack:
+            for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"):
+                stack.enter_context(refuses(name))
+            stack.enter_context(mock.patch.object(builtins, "isinstance", instance_of))
+            stack.enter_context(_NoConstants())
             yield
 
     # --- what fx calls ------------------------------------------------------------------------------------------------
+
+    def proxy(self, node: fx.Node) -> Symbol:
+        return Symbol(node, self)
 
     def create_node(self, *args, **kwargs) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -194,6 +221,8 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         if foreign_norm(type(m)) == "norm+act" and not unit.hooked(m) and len(args) == 1 and not kwargs:
             return self._inline(m, lambda x: m.act(m.drop(self._operation(m, (x,), {}))), args, kwargs)
+        if m is self.root.inner and "forward" not in vars(m):
+            return self._inline(m, forward, args, kwargs)
         if is_leaf(m) or unit.hooked(m) or "forward" in vars(m):
             return self._operation(m, args, kwargs)
         start = len(self.current.items)
@@ -209,20 +238,22 @@ class _Tracer(fx.Tracer):
     def _operation(self, m: nn.Module, args: tuple, kwargs: dict) -> fx.Proxy:
         symbol = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
         symbol.node.meta["module"] = m
+        symbol.known = returns_a_tensor(m)
         return symbol
 
     def _inline(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         call = Call(m, self.current, as_nodes(args), as_nodes(kwargs), attributes=attributes(m))
         outer, self.current = self.current, call
         outer.items.append(call)
-        chance = random.getstate()
+        chance, kept = _chance(), _Kept(m)
         try:
             output = forward(*args, **kwargs)
         finally:
             self.current = outer
-        if attributes(m) != call.attributes:
+            changed = kept.restore()
+        if changed:
             raise _NotAFunctionError("it changes its attributes")
-        if random.getstate() != chance:
+        if _chance() != chance:
             raise _NotAFunctionError("it draws random numbers")
         call.output = as_nodes(output)
         return output
@@ -236,10 +267,37 @@ class _Tracer(fx.Tracer):
                 self.graph.erase_node(node)
 
 
-def is_tensor_class(kind: Any) -> bool:
-    """Whether a tensor is an instance of a class, or of one of a tuple."""
+def _chance() -> tuple:
+    """The state of the random numbers that are not PyTorch's."""
+    _, state, position, *_ = np.random.get_state()
+    return random.getstate(), state.tobytes(), position
+
+
+class _Kept:
+    """What a module holds, to be put back: a forward on symbols leaves symbols where it assigns."""
+
+    def __init__(self, module: nn.Module):
+        holders = [vars(module), module._parameters, module._buffers, module._modules]
+        holders += [value for value in vars(module).values() if type(value) in (list, dict)]
+        self.copies = [(holder, copy.copy(holder)) for holder in holders]
+
+    def restore(self) -> bool:
+        """Put everything back; whether something was changed."""
+        changed = False
+        for holder, before in self.copies:
+            now, then = (list(h.items()) if type(h) is not list else list(enumerate(h)) for h in (holder, before))
+            if len(now) == len(then) and all(a[0] == b[0] and a[1] is b[1] for a, b in zip(now, then, strict=True)):
+                continue
+            changed = True
+            holder.clear()
+            holder.extend(before) if type(holder) is list else holder.update(before)
+        return changed
+
+
+def _names(kind: Any, wanted: tuple[type, ...]) -> bool:
+    """Whether a class is one of `wanted`, or a tuple of classes has one."""
     kinds = kind if type(kind) is tuple else (kind,)
-    return any(is_tensor_class(k) if type(k) is tuple else k is Tensor for k in kinds)
+    return any(_names(k, wanted) if type(k) is tuple else k in wanted for k in kinds)
 
 
 def as_nodes(value: Any) -> Any:

@@ -58,6 +58,7 @@ class _Writer:
         form = ([Leaf.TENSOR if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec)
         self._open(self.call)
         self._line("", "return " + self._text(self.call.output))
+        self._see_owners()
         source = f"def forward({', '.join(['self', *names])}):\n" + "".join(self._with_ends())
         return Program(source, self.constants, form, list(self.seen.values()))
 
@@ -183,6 +184,14 @@ class _Writer:
         path = self._path(module)
         if path not in self.seen:
             self.seen[path] = Seen(path, own_class(module), read, norm)
+
+    def _see_owners(self) -> None:
+        """Modules of which children are used without a call: a forward may go through another method of theirs."""
+        for path in list(self.seen):
+            for end in range(1, len(path)):
+                owner = self.call.module.get_submodule(".".join(path[:end]))
+                if path[:end] not in self.seen:
+                    self._see(owner, attributes(owner))
 
     def _path(self, module: nn.Module) -> Path:
         if module not in self.paths:
