@@ -10,7 +10,7 @@ COLOURS = {
     "compile": "#d9a441", "compile-max-autotune": "#c1832d", "compile-freezing": "#a9661c",
     "openvino": "#8d6bb8", "onnxruntime": "#3f9c96", "tensorrt": "#6a9f3f", "torch-tensorrt": "#8fbf68",
     "cudnn-frontend": "#b5638c", "fused_resnet": "#2f74c0", "fused_resnet-graph": "#5b97d6",
-    "fused_resnet-lean": "#86b4e3",
+    "fused_resnet-lean": "#86b4e3", "fused_resnet-fuse": "#1f4f86",
 }  # fmt: skip
 OTHER = "#77808a"
 LOST = "#8f1d1d"  # lines across a bar that loses: dark, whatever the page's colours

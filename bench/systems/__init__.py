@@ -31,6 +31,7 @@ _WHERE = {
     "fused_resnet": ("fused", "Fused"),
     "fused_resnet-graph": ("fused", "FusedGraph"),
     "fused_resnet-lean": ("fused", "FusedLean"),
+    "fused_resnet-fuse": ("fused", "FusedTorchvision"),
 }
 
 OURS = "fused_resnet"

@@ -1,6 +1,10 @@
 """fused_resnet itself."""
 
 import contextlib
+import importlib
+
+import torch
+from torch import nn
 
 import fused_resnet as fr
 from bench.systems.base import Graphed, System
@@ -58,3 +62,44 @@ class FusedLean(Fused):
     name = "fused_resnet-lean"
     tasks = ("training",)
     model_options = {"lean": True}
+
+
+class FusedTorchvision(Fused):
+    """torchvision's network with the same weights, made fast by `fuse`."""
+
+    name = "fused_resnet-fuse"
+    tasks = ("network", "training")
+    packages = {"torchvision": "torchvision"}
+
+    def missing(self, device: str) -> str:
+        return System.missing(self, device) or super().missing(device)
+
+    def imports(self) -> None:
+        import_torchvision()
+
+    def forward(self, model):
+        """It shares its parameters with `model`, so that an optimizer of those trains it."""
+        theirs = _same_network(model)
+        theirs.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+        return super().forward(fr.fuse(theirs.train(model.training), inplace=True))
+
+
+def _same_network(model: nn.Module) -> nn.Module:
+    """torchvision's network with the parameters of `model`, without data."""
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    builders = import_torchvision().models
+    for name in fr.list_models():
+        if hasattr(builders, name):
+            with torch.device("meta"):
+                theirs = getattr(builders, name)()
+            if {key: t.shape for key, t in theirs.state_dict().items()} == shapes:
+                return theirs
+    raise ValueError(f"torchvision has no network like this {type(model).__name__}")
+
+
+def import_torchvision():
+    """torchvision; beside a torch for the CPU its compiled part may be missing, and with it operators that it names."""
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    return importlib.import_module("torchvision")

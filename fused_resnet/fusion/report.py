@@ -26,7 +26,7 @@ class Skipped(NamedTuple):
 
 @dataclass
 class FusionReport:
-    """What `fuse` did to a network; prints as a table with counts.
+    """What `fuse` did to a network; prints as a table with counts, modules with the same reason in one row.
 
     Attributes:
         fused: the operators that stand for several modules; `by`: the path of the module whose forward runs them.
@@ -52,5 +52,12 @@ class FusionReport:
     def __str__(self) -> str:
         lines = table(("fused", "places"), [(name, str(n)) for name, n in self.counts().items()], right={1})
         if self.skipped:
-            lines += ["", *table(("left alone", "kind", "reason"), self.skipped)]
+            lines += ["", *table(("left alone", "modules", "first", "reason"), self._reasons(), right={1})]
         return "\n".join([*lines, self.summary()])
+
+    def _reasons(self) -> list[tuple[str, ...]]:
+        """Kind, how many, the first one, and the reason that they share."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for row in self.skipped:
+            found.setdefault((row.pattern, row.reason), []).append(row.path)
+        return [(kind, str(len(paths)), paths[0], reason) for (kind, reason), paths in found.items()]

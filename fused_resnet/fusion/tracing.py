@@ -148,6 +148,8 @@ def trace(module: nn.Module) -> Trace:
 
 def _reason(error: Exception) -> str:
     text = str(error).strip().split("\n")[0]
+    if isinstance(error, fx.proxy.TraceError) and "control flow" in text:
+        return "it branches on the values or the shape of a tensor"
     return text if isinstance(error, _NotAFunctionError) else f"{type(error).__name__}: {text}"[:160]
 
 
