@@ -61,7 +61,7 @@ def returns_a_tensor(module: nn.Module) -> bool:
     several = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
     if isinstance(module, several) or getattr(module, "return_indices", False):
         return False
-    return type(module).__module__.startswith("torch.nn.modules") or is_candidate(module) or is_ours(module)
+    return type(module).__module__.startswith("torch.nn.modules") or is_candidate(module)
 
 
 def is_candidate(module: nn.Module) -> bool:

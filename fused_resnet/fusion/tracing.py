@@ -11,6 +11,7 @@ import copy
 import inspect
 import random
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -309,7 +310,9 @@ def as_nodes(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         items = [as_nodes(item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return {key: as_nodes(item) for key, item in value.items()} if type(value) is dict else value
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, as_nodes(item)) for key, item in value.items())
+    return value
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:

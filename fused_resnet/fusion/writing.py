@@ -4,8 +4,11 @@ A call of a child in which none of the places stands stays a call of that child;
 the function.
 """
 
+from collections import OrderedDict
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -16,6 +19,8 @@ from fused_resnet.fusion.tracing import Call, attributes
 from fused_resnet.modules.batch_norm import foreign_norm
 
 _PLAIN = (type(None), bool, int, float, str, type(...))
+# What may stand in a function besides tensors, numbers, their nests, and functions.
+_CONSTANTS = (*_PLAIN, torch.dtype, torch.device, torch.layout, torch.memory_format, Enum)
 
 
 class CannotWriteError(Exception):
@@ -229,13 +234,16 @@ class _Writer:
             return f"({''.join(self._text(item) + ', ' for item in value)})"
         if isinstance(value, list):
             return f"[{', '.join(self._text(item) for item in value)}]"
-        if isinstance(value, dict):
-            return f"{{{', '.join(f'{key!r}: {self._text(item)}' for key, item in value.items())}}}"
+        if type(value) in (dict, OrderedDict):
+            pairs = ", ".join(f"({self._text(key)}, {self._text(item)})" for key, item in value.items())
+            return f"{self._constant(type(value))}([{pairs}])"
         return self._constant(value)
 
     def _constant(self, value: Any) -> str:
         if type(value) in (type(None), bool, int, str):
             return repr(value)
+        if not (callable(value) or isinstance(value, _CONSTANTS)) or isinstance(value, nn.Module):
+            raise CannotWriteError(f"a {type(value).__name__} stands in it")
         for name, known in self.constants.items():
             if known is value:
                 return name
