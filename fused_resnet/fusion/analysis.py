@@ -100,7 +100,7 @@ class _Analyst:
             yield t
             for node in t.call.nodes():
                 left = kinds.module_of(node)
-                if left is not None and left not in done and not kinds.is_candidate(left):
+                if left is not None and left not in done and len(left._modules) and not kinds.is_candidate(left):
                     waiting += left.children() if left in t.whole else [left]
 
     def _write(self, call, places: list[Place], training: bool) -> None:

@@ -28,7 +28,10 @@ _ACT_FUNCTIONS = {
 _ACT_METHODS = {"relu": "relu", "relu_": "relu"}
 _ADDS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_")
-_IN_PLACE_OPERATORS = (operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.setitem)
+IN_PLACE_OPERATORS = [
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+]
 
 # Hooks by which the older tools of torch.nn.utils compute a weight before each forward.
 _WEIGHT_HOOKS = {WeightNorm: "weight norm", SpectralNorm: "spectral norm", prune.BasePruningMethod: "pruning"}
@@ -171,13 +174,13 @@ def changed_in_place(node: fx.Node) -> list[fx.Node]:
     if module is not None:
         known = type(module).__module__.startswith("torch.nn") or is_candidate(module)
         return tensors[:1] if getattr(module, "inplace", False) else [] if known else tensors
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        writes = node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-        writes = writes or node.kwargs.get("inplace") is True or True in node.args[1:] or "out" in node.kwargs
-        return tensors if writes else []
-    writes = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
-    return tensors[:1] if writes or node.target == "__setitem__" else []
+    if "out" in node.kwargs:
+        return [node.kwargs["out"]]
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    writes = name.endswith("_") and not name.endswith("__")
+    writes = writes or node.kwargs.get("inplace") is True or True in node.args[1:]
+    writes = writes or (node.op == "call_function" and node.target in IN_PLACE_OPERATORS)
+    return tensors[:1] if writes else []
 
 
 def is_fresh(node: fx.Node) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fused_resnet.fusion.kinds import is_leaf, returns_a_tensor
+from fused_resnet.fusion.kinds import IN_PLACE_OPERATORS, is_leaf, returns_a_tensor
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import foreign_norm
 
@@ -90,6 +90,13 @@ class _NoConstants(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _in_place(operation: Callable) -> Callable:
+    def method(self, other):
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
 def _holds_symbol(value: Any) -> bool:
     if type(value) in (tuple, list):
         return any(map(_holds_symbol, value))
@@ -105,6 +112,11 @@ class Symbol(fx.Proxy):
         if name == "known" or not hasattr(Tensor, name):  # forwards tell other things from tensors by what they have
             raise AttributeError(name)
         return super().__getattr__(name)
+
+
+# fx takes `x += y` for `x = x + y`, and so loses that others see x change.
+for _operator in IN_PLACE_OPERATORS:
+    setattr(Symbol, f"__{_operator.__name__}__", _in_place(_operator))
 
 
 class _One(nn.Module):
