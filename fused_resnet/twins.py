@@ -1,12 +1,14 @@
 """Running one block of a network, fused or plain, and noting which pieces its activations take."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet.backends import use_backend
@@ -23,15 +25,16 @@ LABELS = ("output without gradients", "output")
 CANCELLED = 1e-11
 
 
-class PlainAct(nn.Module):
-    """Takes the place of an activation module in a reference network, so that its pieces are noted."""
+# Functions that are ReLU or ReLU6, by the names that they have in PyTorch's Python and in aten.
+_ACTS = {"relu": "relu", "relu_": "relu", "relu6": "relu6", "relu6_": "relu6"}
 
-    def __init__(self, act: str):
-        super().__init__()
-        self.act = act
 
-    def forward(self, x: Tensor) -> Tensor:
-        return unit._activate(x, self.act)
+def _act(name: str, args: tuple, kwargs: dict) -> str:
+    """Which activation with pieces the call of a PyTorch function is, or "none"."""
+    if name not in ("hardtanh", "hardtanh_"):
+        return _ACTS.get(name, "none")
+    lowest, highest = [*args[1:3], *(-1.0, 1.0)[len(args[1:3]) :]]
+    return "relu6" if (kwargs.get("min_val", lowest), kwargs.get("max_val", highest)) == (0, 6) else "none"
 
 
 def _pieces(x: Tensor, act: str) -> Tensor:
@@ -40,20 +43,26 @@ def _pieces(x: Tensor, act: str) -> Tensor:
     return inside.to(torch.int8) + (x >= 6) if act == "relu6" else inside.to(torch.int8)
 
 
-class Pieces:
-    """A plain activation that notes the pieces it takes, in the order of the calls, or takes those it is given."""
+class Pieces(TorchFunctionMode):
+    """Has plain activations note the pieces that they take, in the order of the calls, or take those that are given."""
 
     def __init__(self, given: list[Tensor] | None = None):
+        super().__init__()
         self.given = None if given is None else iter(given)
         self.taken: list[Tensor] = []
 
-    def __call__(self, x: Tensor, act: str) -> Tensor:
-        if act not in ("relu", "relu6"):
-            return unit.plain_activation(x, act)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        act = _act(name, args, kwargs)
+        if act == "none":
+            return func(*args, **kwargs)
+        x = args[0] if args else kwargs["input"]
         pieces = _pieces(x.detach(), act) if self.given is None else next(self.given)
         self.taken.append(pieces)
-        y = torch.where(pieces == 0, 0, x)
-        return torch.where(pieces == 2, 6, y) if act == "relu6" else y
+        if self.given is None:
+            return func(*args, **kwargs)
+        y = x if name.endswith("_") or kwargs.get("inplace") else x.clone()
+        return y.masked_fill_(pieces == 0, 0).masked_fill_(pieces == 2, 6)
 
 
 class FusedPieces(TorchDispatchMode):
@@ -64,20 +73,31 @@ class FusedPieces(TorchDispatchMode):
         self.taken: list[Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        found = [(result, self._act(func, args))]
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func is torch.ops.fused_resnet.block.default:
-            found = activations(args, result)
+            found = list(activations(args, result))
+        elif func.namespace == "fused_resnet":
+            names = [argument.name for argument in func._schema.arguments]
+            found = [(result, args[names.index("act")])] if "act" in names else []
+        else:
+            found = [(result, _act(func._schema.name.removeprefix("aten::"), args, kwargs))]
         self.taken += [_pieces(y, act) for y, act in found if act in ("relu", "relu6")]
         return result
 
-    @staticmethod
-    def _act(func, args) -> str:
-        if func.namespace == "fused_resnet":
-            names = [argument.name for argument in func._schema.arguments]
-            return args[names.index("act")] if "act" in names else "none"
-        plain = {"relu": "relu", "relu_": "relu", "hardtanh": "relu6", "hardtanh_": "relu6"}
-        return plain.get(func._schema.name.removeprefix("aten::"), "none") if func.namespace == "aten" else "none"
+
+def in_order_of(wanted: list[Tensor], pieces: list[Tensor]) -> list[Tensor] | None:
+    """`pieces` in the order of `wanted`, those of the same activations; None: they are others.
+
+    A fused forward computes a branch where its sum stands, and so perhaps after another branch.
+    """
+    left, ordered = list(pieces), []
+    for want in wanted:
+        differences = {i: int((p != want).sum()) for i, p in enumerate(left) if p.shape == want.shape}
+        if not differences:
+            return None
+        ordered.append(left.pop(min(differences, key=differences.get)))
+    return None if left else ordered
 
 
 @dataclass
@@ -100,19 +120,18 @@ def run_fused(block: nn.Module, arguments: Arguments, dtype: torch.dtype, backen
         if not block.training:
             with torch.no_grad():
                 inference = list(tensors(block(*arguments[0], **arguments[1])))
-        noted = FusedPieces()
-        run = _run(block, arguments, dtype, noted, noted)
+        run = _run(block, arguments, dtype, FusedPieces())
     run.outputs = inference + run.outputs
     return run
 
 
 def run_plain(block: nn.Module, arguments: Arguments, dtype: torch.dtype, given: list[Tensor] | None = None) -> Run:
     """One forward and backward of a plain block; `given`: the pieces that its activations are to take."""
-    pieces = Pieces(given)
-    return _run(block, arguments, dtype, unit.unfused(pieces), pieces)
+    with unit.unfused():
+        return _run(block, arguments, dtype, Pieces(given))
 
 
-def _run(block, arguments, dtype, context, noted) -> Run:
+def _run(block, arguments, dtype, noted: Pieces | FusedPieces) -> Run:
     leaves: dict[tuple[str, str], Tensor] = {}
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -122,7 +141,7 @@ def _run(block, arguments, dtype, context, noted) -> Run:
 
     with state_kept(block):
         args, kwargs = map_tensors(arguments, leaf)
-        with context:
+        with noted:
             outputs = list(tensors(block(*args, **kwargs)))
         for name, parameter in block.named_parameters():
             if parameter.requires_grad:
@@ -202,5 +221,8 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         items = [map_tensors(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: map_tensors(item, change) for key, item in value.items()}
+        changed = copy.copy(value)  # of the same class: the outputs of transformers are dicts with attributes
+        for key, item in value.items():
+            changed[key] = map_tensors(item, change)
+        return changed
     return value

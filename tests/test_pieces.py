@@ -1,0 +1,96 @@
+"""The pieces of ReLU and ReLU6 are noted, or taken as given, however a network spells the activation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_resnet.twins import FusedPieces, Pieces, in_order_of
+
+RELU = {
+    "F.relu": F.relu,
+    "F.relu inplace": lambda x: F.relu(x, inplace=True),
+    "F.relu_": F.relu_,
+    "torch.relu": torch.relu,
+    "torch.relu by name": lambda x: torch.relu(input=x),
+    "torch.relu_": torch.relu_,
+    "x.relu": lambda x: x.relu(),
+    "x.relu_": lambda x: x.relu_(),
+    "nn.ReLU": nn.ReLU(),
+    "nn.ReLU inplace": nn.ReLU(inplace=True),
+}
+RELU6 = {
+    "F.relu6": F.relu6,
+    "F.relu6 inplace": lambda x: F.relu6(x, inplace=True),
+    "F.hardtanh": lambda x: F.hardtanh(x, 0, 6),
+    "F.hardtanh by name": lambda x: F.hardtanh(x, max_val=6.0, min_val=0.0, inplace=True),
+    "F.hardtanh_": lambda x: F.hardtanh_(x, 0.0, 6.0),
+    "nn.ReLU6": nn.ReLU6(),
+    "nn.Hardtanh": nn.Hardtanh(0, 6, inplace=True),
+}
+OTHERS = {
+    "F.hardtanh": F.hardtanh,
+    "F.hardtanh of another range": lambda x: F.hardtanh(x, 0, 1),
+    "nn.Hardtanh": nn.Hardtanh(0.0),
+    "F.hardswish": F.hardswish,
+    "nn.SiLU": nn.SiLU(inplace=True),
+    "F.leaky_relu": F.leaky_relu,
+    "torch.clamp": lambda x: torch.clamp(x, 0, 1),
+}
+ALL = [pytest.param(function, 2, id=name) for name, function in RELU.items()]
+ALL += [pytest.param(function, 3, id=name) for name, function in RELU6.items()]
+
+
+@pytest.mark.parametrize(("function", "pieces"), ALL)
+def test_pieces_are_noted_and_nothing_else_changes(function, pieces):
+    values = torch.tensor([-1.0, 0.0, 2.0, 6.0, 7.0, float("nan")])
+    expected = function(values.clone())
+    leaf = values.clone().requires_grad_()
+    x = leaf.clone()
+    with Pieces() as noted:
+        y = function(x)
+    y.sum().backward()
+    assert torch.equal(torch.nan_to_num(y, 9.0), torch.nan_to_num(expected, 9.0))
+    assert [p.tolist() for p in noted.taken] == [[0, 0, 1, 1, 1, 1] if pieces == 2 else [0, 0, 1, 2, 2, 1]]
+    assert torch.equal(leaf.grad, (noted.taken[0] == 1).float())
+
+
+@pytest.mark.parametrize(("function", "pieces"), ALL)
+def test_pieces_are_taken_as_given(function, pieces):
+    leaf = torch.tensor([-1.0, 2.0, 7.0], requires_grad=True)
+    x, plain = leaf.clone(), leaf.detach().clone()
+    function(plain)
+    inplace = not torch.equal(plain, leaf)
+    with Pieces([torch.tensor([1, 0, pieces - 1], dtype=torch.int8)]) as noted:
+        y = function(x)
+    y.sum().backward()
+    assert y.tolist() == [-1.0, 0.0, 7.0 if pieces == 2 else 6.0]
+    assert leaf.grad.tolist() == [1.0, 0.0, 1.0 if pieces == 2 else 0.0]
+    assert torch.equal(x, y if inplace else leaf)
+    assert (y.data_ptr() == x.data_ptr()) == inplace
+    assert len(noted.taken) == 1
+
+
+@pytest.mark.parametrize("function", OTHERS.values(), ids=OTHERS)
+def test_other_functions_have_no_pieces(function):
+    x = torch.randn(9)
+    with Pieces() as plain, FusedPieces() as fused:
+        function(x.clone())
+    assert plain.taken == fused.taken == []
+
+
+@pytest.mark.parametrize("function", [p.values[0] for p in ALL], ids=[p.id for p in ALL])
+def test_fused_and_plain_runs_note_the_same(function):
+    x = torch.randn(99) * 5
+    with FusedPieces() as fused, Pieces() as plain:
+        function(x.clone())
+    assert len(fused.taken) == len(plain.taken) == 1
+    assert torch.equal(fused.taken[0], plain.taken[0])
+
+
+def test_pieces_of_other_activations_are_not_put_in_order():
+    first, second = torch.zeros(2, dtype=torch.int8), torch.ones(3, dtype=torch.int8)
+    assert in_order_of([first, second], [second, first])[0] is first
+    assert in_order_of([first, second], [first]) is None
+    assert in_order_of([first], [first, second]) is None
+    assert in_order_of([first, first], [first, second]) is None
