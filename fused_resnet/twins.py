@@ -24,6 +24,13 @@ LABELS = ("output without gradients", "output")
 # batch norm): all that any network has there is the rounding of the terms that cancel.
 CANCELLED = 1e-11
 
+# Attributes by which networks name the probability of what they leave out at random, where no dropout module has it
+# (stochastic depth of timm and transformers, dropout as a function).
+_PROBABILITIES = ("drop_prob", "drop_rate", "dropout")
+
+# Attributes of timm and transformers that have parts of a network run again in the backward pass, where batch norm then
+# counts the batch twice.
+_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 
 # Functions that are ReLU or ReLU6, by the names that they have in PyTorch's Python and in aten.
 _ACTS = {"relu": "relu", "relu_": "relu", "relu6": "relu6", "relu6_": "relu6"}
@@ -188,6 +195,20 @@ def random_gradients(outputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The same random gradients for every network: drawn in `dtype`, and then in each output's own."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(output.shape, generator=generator).to(dtype).to(output) for output in outputs]
+
+
+def settle(network: nn.Module) -> None:
+    """Switch off what is random in a network, and what runs twice."""
+    for module in network.modules():
+        # torchvision's is told by its name: it need not be installed
+        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
+            module.p = 0.0
+        for name in _PROBABILITIES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+        for name in _CHECKPOINTING:
+            if hasattr(module, name):
+                setattr(module, name, False)
 
 
 @contextlib.contextmanager

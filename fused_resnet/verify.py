@@ -30,6 +30,7 @@ from fused_resnet.twins import (
     output_rows,
     run_fused,
     run_plain,
+    settle,
     state_kept,
     tensors,
 )
@@ -42,13 +43,6 @@ STEM = "(stem)"
 # changed, and with the largest of their errors; a wrong kernel fails there too.
 OPINIONS = 5
 HOPELESS = 10 * LIMIT  # no luck explains that
-
-# Attributes by which networks name the probability of what they leave out at random, where no dropout module has it
-# (stochastic depth of timm and transformers, dropout as a function).
-_PROBABILITIES = ("drop_prob", "drop_rate", "dropout")
-
-# Attributes that have a part of a network run again in the backward pass: ours, timm's and transformers'.
-_RUN_AGAIN = ("lean", "grad_checkpointing", "gradient_checkpointing")
 
 
 def verify(
@@ -64,8 +58,8 @@ def verify(
     """Compare `model` with the plain network it stands for: outputs, gradients and running statistics.
 
     Every fused block is run by itself on the input that it has in the fp64 network, with a random gradient of its
-    output, in eval and in train mode; then the whole network. Dropout is switched off. Neither `model` nor `reference`
-    is changed.
+    output, in eval and in train mode; then the whole network. Dropout, stochastic depth and the checkpointing of other
+    libraries are switched off. Neither `model` nor `reference` is changed.
 
     Args:
         example: an input, or a tuple of inputs, as `model(*example)` takes them. For train mode it should leave some
@@ -141,13 +135,7 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module:
 
 def _prepared(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     network = copy.deepcopy(network).to(dtype)
-    for module in network.modules():
-        # torchvision's is told by its name: it need not be installed
-        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
-            module.p = 0.0
-        for name in _PROBABILITIES:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    settle(network)
     return network
 
 
@@ -177,9 +165,8 @@ class _Networks:
         self.dtype, self.backend = dtype, backend
         for network in self.all[1:]:
             for module in network.modules():
-                for attribute in _RUN_AGAIN:  # a forward that is computed again would take its pieces again
-                    if hasattr(module, attribute):
-                        setattr(module, attribute, False)
+                if hasattr(module, "lean"):  # a forward that is computed again would take its pieces again
+                    module.lean = False
 
     def blocks(self, name: str) -> list[nn.Module]:
         return [_find(network, name) for network in self.all]

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
 from fused_resnet.fusion import FusedForward
 from fused_resnet.modules import unit
-from fused_resnet.twins import FusedPieces, Pieces, in_order_of, map_tensors, tensors
+from fused_resnet.twins import FusedPieces, Pieces, in_order_of, map_tensors, settle, tensors
 from fused_resnet.verify import NETWORK, STEM, block_names
 
 # --- networks of others ---------------------------------------------------------------------------------------------
@@ -49,18 +50,20 @@ class StochasticDepth(nn.Module):
 
 
 class Net(nn.Module):
-    """A stem behind a scaling, a block, and parts that are left out at random; the result is a dict."""
+    """A stem behind a scaling, a block that is checkpointed, and parts left out at random; the result is a dict."""
 
     def __init__(self):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.block = Block()
         self.depth, self.drop_rate = StochasticDepth(0.5), 0.5
+        self.grad_checkpointing = True
         self.head = nn.Linear(16, 5)
 
     def forward(self, x):
         x = torch.relu(self.bn1(self.conv1(2 * x)))
-        x = self.depth(self.block(x)).mean((2, 3))
+        x = checkpoint(self.block, x, use_reentrant=False) if self.grad_checkpointing else self.block(x)
+        x = self.depth(x).mean((2, 3))
         return {"logits": self.head(F.dropout(x, self.drop_rate, self.training))}
 
 
@@ -146,8 +149,30 @@ def test_verify_passes_a_right_forward(image, dtype):
     report = fr.verify(model, image, dtype=dtype)
     assert report, report
     assert {row.name for row in report.rows} == {STEM, "block", NETWORK}
-    assert (model.depth.p, model.drop_rate) == (0.5, 0.5)
+    assert (model.depth.p, model.drop_rate, model.grad_checkpointing) == (0.5, 0.5, True)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def _timm():
+    options = {"drop_rate": 0.5, "drop_path_rate": 0.5, "drop_block_rate": 0.5}
+    return pytest.importorskip("timm").create_model("resnet18", num_classes=5, **options)
+
+
+def _torchvision():
+    depth = pytest.importorskip("torchvision.ops.stochastic_depth").StochasticDepth(0.5, "row")
+    return nn.Sequential(nn.Conv2d(3, 5, 1), depth, nn.Dropout2d(0.5))
+
+
+@pytest.mark.parametrize("build", [Net, _timm, _torchvision])
+def test_settled_networks_are_not_random(build, image):
+    model = build().train()
+
+    def result():
+        return next(tensors(model(image)))
+
+    assert not torch.equal(result(), result())
+    settle(model)
+    assert torch.equal(result(), result())
 
 
 @pytest.mark.parametrize("forward", WRONG, ids=lambda forward: forward.__name__)
