@@ -1,4 +1,4 @@
-"""Running one block of a network, fused or plain, and noting which pieces its activations take."""
+"""Running one block of a network, fused or plain, and comparing what came of it."""
 
 import contextlib
 import copy
@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet.backends import use_backend
+from fused_resnet.modes import FusedPieces, Pieces, Settled
 from fused_resnet.modules import unit
-from fused_resnet.ops.block import activations
 from fused_resnet.parity import Row, compare
 
 Arguments = tuple[tuple, dict]
@@ -24,87 +22,9 @@ LABELS = ("output without gradients", "output")
 # batch norm): all that any network has there is the rounding of the terms that cancel.
 CANCELLED = 1e-11
 
-# Attributes by which networks name the probability of what they leave out at random, where no dropout module has it
-# (stochastic depth of timm and transformers, dropout as a function).
-_PROBABILITIES = ("drop_prob", "drop_rate", "dropout")
-
 # Attributes of timm and transformers that have parts of a network run again in the backward pass, where batch norm then
 # counts the batch twice.
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
-
-# Functions that are ReLU or ReLU6, by the names that they have in PyTorch's Python and in aten.
-_ACTS = {"relu": "relu", "relu_": "relu", "relu6": "relu6", "relu6_": "relu6"}
-
-
-def _act(name: str, args: tuple, kwargs: dict) -> str:
-    """Which activation with pieces the call of a PyTorch function is, or "none"."""
-    if name not in ("hardtanh", "hardtanh_"):
-        return _ACTS.get(name, "none")
-    lowest, highest = [*args[1:3], *(-1.0, 1.0)[len(args[1:3]) :]]
-    return "relu6" if (kwargs.get("min_val", lowest), kwargs.get("max_val", highest)) == (0, 6) else "none"
-
-
-def _pieces(x: Tensor, act: str) -> Tensor:
-    """Which piece of ReLU or ReLU6 every element is on, from the pre-activation or the output: 0, 1, or 2 above 6."""
-    inside = ~(x <= 0)  # NaN is inside: it stays NaN
-    return inside.to(torch.int8) + (x >= 6) if act == "relu6" else inside.to(torch.int8)
-
-
-class Pieces(TorchFunctionMode):
-    """Has plain activations note the pieces that they take, in the order of the calls, or take those that are given."""
-
-    def __init__(self, given: list[Tensor] | None = None):
-        super().__init__()
-        self.given = None if given is None else iter(given)
-        self.taken: list[Tensor] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        act = _act(name, args, kwargs)
-        if act == "none":
-            return func(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
-        pieces = _pieces(x.detach(), act) if self.given is None else next(self.given)
-        self.taken.append(pieces)
-        if self.given is None:
-            return func(*args, **kwargs)
-        y = x if name.endswith("_") or kwargs.get("inplace") else x.clone()
-        return y.masked_fill_(pieces == 0, 0).masked_fill_(pieces == 2, 6)
-
-
-class FusedPieces(TorchDispatchMode):
-    """Notes the pieces that the activations of fused (and plain) operators take, from their outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.taken: list[Tensor] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func is torch.ops.fused_resnet.block.default:
-            found = list(activations(args, result))
-        elif func.namespace == "fused_resnet":
-            names = [argument.name for argument in func._schema.arguments]
-            found = [(result, args[names.index("act")])] if "act" in names else []
-        else:
-            found = [(result, _act(func._schema.name.removeprefix("aten::"), args, kwargs))]
-        self.taken += [_pieces(y, act) for y, act in found if act in ("relu", "relu6")]
-        return result
-
-
-def in_order_of(wanted: list[Tensor], pieces: list[Tensor]) -> list[Tensor] | None:
-    """`pieces` in the order of `wanted`, those of the same activations; None: they are others.
-
-    A fused forward computes a branch where its sum stands, and so perhaps after another branch.
-    """
-    left, ordered = list(pieces), []
-    for want in wanted:
-        differences = {i: int((p != want).sum()) for i, p in enumerate(left) if p.shape == want.shape}
-        if not differences:
-            return None
-        ordered.append(left.pop(min(differences, key=differences.get)))
-    return None if left else ordered
 
 
 @dataclass
@@ -148,7 +68,7 @@ def _run(block, arguments, dtype, noted: Pieces | FusedPieces) -> Run:
 
     with state_kept(block):
         args, kwargs = map_tensors(arguments, leaf)
-        with noted:
+        with Settled(), noted:
             outputs = list(tensors(block(*args, **kwargs)))
         for name, parameter in block.named_parameters():
             if parameter.requires_grad:
@@ -197,17 +117,11 @@ def random_gradients(outputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(output.shape, generator=generator).to(dtype).to(output) for output in outputs]
 
 
-def settle(network: nn.Module) -> None:
-    """Switch off what is random in a network, and what runs twice."""
+def without_checkpointing(network: nn.Module) -> None:
+    """Have nothing of a network run again in the backward pass, as far as other libraries do that."""
     for module in network.modules():
-        # torchvision's is told by its name: it need not be installed
-        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
-            module.p = 0.0
-        for name in _PROBABILITIES:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
         for name in _CHECKPOINTING:
-            if hasattr(module, name):
+            if getattr(module, name, False):
                 setattr(module, name, False)
 
 

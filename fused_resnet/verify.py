@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fused_resnet.backends import available_backends
 from fused_resnet.fusion import FusedForward
+from fused_resnet.modes import Settled, in_order_of
 from fused_resnet.modules import unit
 from fused_resnet.modules.bn_act import BNAct2d
 from fused_resnet.parity import LIMIT, Row, VerifyReport
@@ -25,14 +26,13 @@ from fused_resnet.twins import (
     Arguments,
     Run,
     gradient_rows,
-    in_order_of,
     map_tensors,
     output_rows,
     run_fused,
     run_plain,
-    settle,
     state_kept,
     tensors,
+    without_checkpointing,
 )
 
 NETWORK = "(network)"
@@ -135,7 +135,7 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module:
 
 def _prepared(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     network = copy.deepcopy(network).to(dtype)
-    settle(network)
+    without_checkpointing(network)
     return network
 
 
@@ -188,7 +188,7 @@ class _Networks:
             if name != NETWORK
         ]
         try:
-            with torch.no_grad(), state_kept(truth), unit.unfused():
+            with torch.no_grad(), state_kept(truth), unit.unfused(), Settled():
                 truth(*map_tensors(inputs, lambda t: t.double()))
         finally:
             for hook in hooks:

@@ -1,11 +1,11 @@
-"""The pieces of ReLU and ReLU6 are noted, or taken as given, however a network spells the activation."""
+"""The pieces of ReLU and ReLU6 are noted, or taken as given, however a network spells the activation; no dropout."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_resnet.twins import FusedPieces, Pieces, in_order_of
+from fused_resnet.modes import FusedPieces, Pieces, Settled, in_order_of
 
 RELU = {
     "F.relu": F.relu,
@@ -94,3 +94,62 @@ def test_pieces_of_other_activations_are_not_put_in_order():
     assert in_order_of([first, second], [first]) is None
     assert in_order_of([first], [first, second]) is None
     assert in_order_of([first, first], [first, second]) is None
+
+
+# --- nothing is random ---------------------------------------------------------------------------------------------
+
+
+DROPOUTS = [
+    nn.Dropout(0.9),
+    nn.Dropout(0.9, inplace=True),
+    nn.Dropout2d(0.9),
+    nn.AlphaDropout(),
+    nn.FeatureAlphaDropout(),
+]
+
+
+@pytest.mark.parametrize("module", DROPOUTS, ids=str)
+def test_settled_dropout_drops_nothing(module):
+    x = torch.randn(2, 3, 4, 5)
+    with Settled():
+        y = module.train()(x)
+    assert torch.equal(y, x)
+    assert (y.data_ptr() == x.data_ptr()) == module.inplace
+
+
+def test_settled_attention_drops_nothing():
+    q, k, v = torch.randn(3, 2, 4, 8)
+    with Settled():
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.9)
+    assert torch.equal(y, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_bernoulli_of_a_tensor_is_the_likelier_value():
+    chances = torch.tensor([0.1, 0.9, 0.4])
+    with Settled():
+        assert torch.bernoulli(chances).tolist() == [0.0, 1.0, 0.0]
+        assert torch.empty(3).bernoulli_(chances).tolist() == [0.0, 1.0, 0.0]
+        assert torch.empty(2).bernoulli_().tolist() == [1.0, 1.0]
+
+
+def _timm():
+    options = {"drop_rate": 0.5, "drop_path_rate": 0.5, "drop_block_rate": 0.5}
+    return pytest.importorskip("timm").create_model("resnet18", num_classes=5, **options)
+
+
+def _torchvision():
+    depth = pytest.importorskip("torchvision.ops.stochastic_depth").StochasticDepth(0.5, "row")
+    return nn.Sequential(nn.Conv2d(3, 5, 1), depth, nn.Dropout2d(0.5))
+
+
+@pytest.mark.parametrize("build", [_timm, _torchvision])
+def test_settled_networks_are_not_random(build):
+    model, image = build().train(), torch.randn(4, 3, 32, 32)
+
+    def result():
+        return model(image)
+
+    assert not torch.equal(result(), result())
+    with Settled():
+        assert torch.equal(result(), result())
+        assert result().count_nonzero() == result().numel()
