@@ -1,11 +1,12 @@
 """PyTorch's modes in which networks are compared: pieces of activations are noted or given, and nothing is random."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_resnet.ops.block import activations
+from fused_resnet.ops.block import activations, pooled
 
 # Functions that are ReLU or ReLU6, by the names that they have in PyTorch's Python and in aten.
 _ACTS = {"relu": "relu", "relu_": "relu", "relu6": "relu6", "relu6_": "relu6"}
@@ -26,7 +27,10 @@ def _pieces(x: Tensor, act: str) -> Tensor:
 
 
 class Pieces(TorchFunctionMode):
-    """Has plain activations note the pieces that they take, in the order of the calls, or take those that are given."""
+    """Has plain activations note the pieces that they take, in the order of the calls, or take those that are given.
+
+    A max pooling, which has pieces too, notes or takes the index of each output.
+    """
 
     def __init__(self, given: list[Tensor] | None = None):
         super().__init__()
@@ -35,6 +39,8 @@ class Pieces(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name == "max_pool2d":
+            return self._max_pool2d(func, args, kwargs)
         act = _act(name, args, kwargs)
         if act == "none":
             return func(*args, **kwargs)
@@ -46,9 +52,19 @@ class Pieces(TorchFunctionMode):
         y = x if name.endswith("_") or kwargs.get("inplace") else x.clone()
         return y.masked_fill_(pieces == 0, 0).masked_fill_(pieces == 2, 6)
 
+    def _max_pool2d(self, func, args: tuple, kwargs: dict) -> Tensor:
+        if self.given is None:
+            geometry = {name: value for name, value in kwargs.items() if name != "return_indices"}
+            with torch.no_grad():
+                self.taken.append(F.max_pool2d_with_indices(*args, **geometry)[1])
+            return func(*args, **kwargs)
+        self.taken.append(next(self.given))
+        x, index = args[0] if args else kwargs["input"], self.taken[-1]
+        return x.flatten(-2).gather(-1, index.flatten(-2)).reshape(index.shape)
+
 
 class FusedPieces(TorchDispatchMode):
-    """Notes the pieces that the activations of fused (and plain) operators take, from their outputs."""
+    """Notes the pieces that fused (and plain) activations and poolings take, from the outputs of the operators."""
 
     def __init__(self):
         super().__init__()
@@ -57,25 +73,30 @@ class FusedPieces(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        indices = None
         if func is torch.ops.fused_resnet.block.default:
-            found = list(activations(args, result))
+            found, indices = list(activations(args, result)), pooled(args, result)
         elif func.namespace == "fused_resnet":
             names = [argument.name for argument in func._schema.arguments]
             found = [(result, args[names.index("act")])] if "act" in names else []
+        elif func is torch.ops.aten.max_pool2d_with_indices.default:
+            found, indices = [], result[1]
         else:
             found = [(result, _act(func._schema.name.removeprefix("aten::"), args, kwargs))]
         self.taken += [_pieces(y, act) for y, act in found if act in ("relu", "relu6")]
+        self.taken += [] if indices is None else [indices]
         return result
 
 
 def in_order_of(wanted: list[Tensor], pieces: list[Tensor]) -> list[Tensor] | None:
-    """`pieces` in the order of `wanted`, those of the same activations; None: they are others.
+    """`pieces` in the order of `wanted`, those of the same calls; None: they are others.
 
     A fused forward computes a branch where its sum stands, and so perhaps after another branch.
     """
     left, ordered = list(pieces), []
     for want in wanted:
-        differences = {i: int((p != want).sum()) for i, p in enumerate(left) if p.shape == want.shape}
+        same = {i: p for i, p in enumerate(left) if (p.shape, p.dtype) == (want.shape, want.dtype)}
+        differences = {i: int((p != want).sum()) for i, p in same.items()}
         if not differences:
             return None
         ordered.append(left.pop(min(differences, key=differences.get)))

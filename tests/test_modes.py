@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_resnet.modes import FusedPieces, Pieces, Settled, in_order_of
+from fused_resnet.modules import unit
 
 RELU = {
     "F.relu": F.relu,
@@ -153,3 +154,48 @@ def test_settled_networks_are_not_random(build):
     with Settled():
         assert torch.equal(result(), result())
         assert result().count_nonzero() == result().numel()
+
+
+# --- max pooling ----------------------------------------------------------------------------------------------------
+
+
+POOLS = {
+    "F": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "torch": lambda x: torch.max_pool2d(x, 2),
+    "nn": nn.MaxPool2d(3, 1, ceil_mode=True),
+    "dilated": nn.MaxPool2d(2, dilation=2),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+@pytest.mark.parametrize("shape", [(2, 3, 9, 8), (3, 9, 8)], ids=len)
+def test_pooling_notes_and_takes_indices(pool, shape):
+    x = torch.randn(shape, requires_grad=True)
+    expected = pool(x)
+    with FusedPieces() as fused, Pieces() as noted:
+        found = pool(x)
+    assert torch.equal(found, expected)
+    assert torch.equal(noted.taken[0], fused.taken[-1])
+    with Pieces(noted.taken):
+        taken = pool(x)
+    assert torch.equal(taken, expected)
+    grad = torch.randn_like(expected)
+    assert torch.allclose(*(torch.autograd.grad(y, x, grad)[0] for y in (taken, expected)))
+    with Pieces([torch.zeros_like(noted.taken[0])]):
+        first = pool(x)
+    assert torch.equal(first, x[..., :1, :1].expand_as(first))
+
+
+def test_block_with_pooling_notes_what_the_plain_one_does():
+    x = torch.randn(2, 3, 16, 13)
+    conv, bn = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
+    pool = {"max_pool": ((3, 3), (2, 2), (1, 1))}
+    with FusedPieces() as fused:
+        unit.train([unit.Layer(conv, bn)], x.contiguous(memory_format=torch.channels_last), **pool)
+    with Pieces() as plain:
+        F.max_pool2d(F.relu(bn(conv(x))), 3, 2, 1)
+    assert [p.dtype for p in fused.taken] == [torch.int8, torch.int64]
+    assert torch.equal(fused.taken[0], plain.taken[0])
+    positive = fused.taken[0].flatten(2).gather(2, fused.taken[1].flatten(2)).view_as(fused.taken[1]) == 1
+    assert positive.any()
+    assert torch.equal(fused.taken[1][positive], plain.taken[1][positive])  # among zeros any is the largest

@@ -154,6 +154,12 @@ def activations(args: Sequence, output: Sequence) -> Iterator[tuple[Tensor, str]
         yield y if i == last and not form.pool else reference.activation(z[i], norms[i], act), act
 
 
+def pooled(args: Sequence, output: Sequence) -> Tensor | None:
+    """Where in its map each output of the pooling at the end was taken, as PyTorch's indices; None: there is none."""
+    form, (_, z, _, _, told, _) = _parsed(*args[6:]), output
+    return reference.index_of_taps(told, z[-1].shape[3], *form.pool) if form.pool else None
+
+
 def _backward_impl(grad, y, told, totals, *rest):
     inputs, (z, mean, var), form, needs = Inputs(*rest[:6]), rest[6:9], _parsed(*rest[9:-1]), rest[-1]
     needs = Needs(*nested(needs, sizes(inputs)))
