@@ -186,12 +186,13 @@ def test_pooling_notes_and_takes_indices(pool, shape):
     assert torch.equal(first, x[..., :1, :1].expand_as(first))
 
 
-def test_block_with_pooling_notes_what_the_plain_one_does():
+@pytest.mark.parametrize("lean", [False, True])
+def test_block_with_pooling_notes_what_the_plain_one_does(lean):
     x = torch.randn(2, 3, 16, 13)
     conv, bn = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
-    pool = {"max_pool": ((3, 3), (2, 2), (1, 1))}
+    options = {"max_pool": ((3, 3), (2, 2), (1, 1)), "lean": lean}
     with FusedPieces() as fused:
-        unit.train([unit.Layer(conv, bn)], x.contiguous(memory_format=torch.channels_last), **pool)
+        unit.train([unit.Layer(conv, bn)], x.contiguous(memory_format=torch.channels_last), **options)
     with Pieces() as plain:
         F.max_pool2d(F.relu(bn(conv(x))), 3, 2, 1)
     assert [p.dtype for p in fused.taken] == [torch.int8, torch.int64]
