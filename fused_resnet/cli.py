@@ -11,17 +11,14 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
-from fused_resnet import kernels, predict, tune_command
+from fused_resnet import kernels, predict, tune_command, verify_command
 from fused_resnet._version import __version__
-from fused_resnet.backends import backend_report, cuda, use_backend
+from fused_resnet.backends import backend_report, cuda
 from fused_resnet.backends.cpu import extension_missing
 from fused_resnet.models import list_models
-from fused_resnet.options import DTYPES, UsageError, add_model_options, build_model, calibrate, chosen_backend, positive
+from fused_resnet.options import UsageError
 from fused_resnet.parity import table
-from fused_resnet.verify import verify
 
 EXAMPLES = {
     "info": "fused-resnet info --json",
@@ -53,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_info(commands)
-    _add_verify(commands)
+    verify_command.add_arguments(
+        _command(commands, "verify", verify_command.run, "Compare a fused network with plain PyTorch, block by block.")
+    )
     predict.add_arguments(_command(commands, "predict", predict.run, "The likeliest classes of images."))
     _add_demo(commands)
     tune_command.add_arguments(
@@ -128,55 +127,6 @@ def run_info(args: argparse.Namespace) -> int:
         rows += [(part if i == 0 else "", name, text) for i, (name, text) in enumerate(entries)]
     print("\n".join(table(("", "name", "value"), rows)))
     return 0
-
-
-# --- verify -----------------------------------------------------------------------------------------------------------
-
-
-def _add_verify(commands) -> None:
-    parser = _command(commands, "verify", run_verify, "Compare a fused network with plain PyTorch, block by block.")
-    add_model_options(parser)
-    parser.add_argument("--size", type=positive, default=64, help="height and width of the images (default: 64)")
-    parser.add_argument("--batch", type=positive, default=4, help="images in the batch (default: 4)")
-    parser.add_argument("--eval-only", action="store_true", help="leave out train mode")
-    parser.add_argument("--reference", choices=["torchvision"], help="compare with torchvision's network of that name")
-
-
-def _torchvision(name: str, num_classes: int | None) -> nn.Module:
-    try:
-        import torchvision
-    except Exception as error:  # its compiled part may not fit this torch, in several ways
-        raise UsageError(f"--reference torchvision: it cannot be imported: {error}; pip install torchvision") from error
-    if not hasattr(torchvision.models, name):
-        raise UsageError(f"--reference torchvision: it has no model {name!r}")
-    return getattr(torchvision.models, name)(**({} if num_classes is None else {"num_classes": num_classes}))
-
-
-def run_verify(args: argparse.Namespace) -> int:
-    with chosen_backend(args):
-        pass
-    model = build_model(args)
-    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
-    images = torch.randn(args.batch, channels, args.size, args.size)
-    reference = _torchvision(args.model, args.num_classes) if args.reference else None
-    try:
-        if args.weights is None:
-            print("weights are random, running statistics from random images", file=sys.stderr)
-            with use_backend("reference"):
-                calibrate(model, torch.randn(max(args.batch, 4), channels, args.size, args.size))
-        report = verify(
-            model,
-            images,
-            reference=reference,
-            dtype=DTYPES[args.dtype],
-            train=not args.eval_only,
-            backend=args.backend,
-            progress=lambda jobs: tqdm(jobs, desc="verify", unit="block"),
-        )
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(str(error)) from error
-    print(report.to_json() if args.json else report)
-    return 0 if report.passed else 1
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------

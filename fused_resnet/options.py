@@ -1,7 +1,8 @@
 """What the commands share: options, the error that means bad usage, and small helpers."""
 
 import argparse
-import pickle
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -16,9 +17,11 @@ class UsageError(Exception):
     """What the user asked for cannot be done; the message says why."""
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, backend: bool = True) -> None:
-    """Options that say which network runs, and how."""
-    parser.add_argument("--model", default="resnet50", help="a network's name (default: resnet50)")
+def add_model_options(
+    parser: argparse.ArgumentParser, *, backend: bool = True, model: str = "a network's name"
+) -> None:
+    """Options that say which network runs, and how; `model`: what may be named."""
+    parser.add_argument("--model", default="resnet50", help=f"{model} (default: resnet50)")
     parser.add_argument("--weights", help="a .pth or .safetensors file, or a name that torchvision knows")
     parser.add_argument("--num-classes", type=positive, help="classes, where they are not the model's own")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -41,14 +44,19 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     extra = {} if args.num_classes is None else {"num_classes": args.num_classes}
     if args.model not in list_models():
         raise UsageError(f"unknown model {args.model!r}, expected one of {', '.join(list_models())}")
-    try:
+    if args.weights is None:
+        return create_model(args.model, **extra)
+    with loading_errors(args.weights):
         return create_model(args.model, weights=args.weights, **extra)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UsageError(f"--weights {args.weights}: {error}") from error
-    except Exception as error:  # safetensors has an exception of its own for a damaged file
-        if args.weights is None:
-            raise
-        raise UsageError(f"--weights {args.weights}: {error}") from error
+
+
+@contextlib.contextmanager
+def loading_errors(weights: str) -> Iterator[None]:
+    """What is raised while the weights are loaded is the user's to mend."""
+    try:
+        yield
+    except Exception as error:  # of many kinds: safetensors has one of its own for a damaged file
+        raise UsageError(f"--weights {weights}: {error}") from error
 
 
 def chosen_backend(args: argparse.Namespace) -> use_backend:

@@ -1,17 +1,17 @@
-"""Running one block of a network, fused or plain, and noting which pieces its activations take."""
+"""Running one block of a network, fused or plain, and comparing what came of it."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet.backends import use_backend
+from fused_resnet.modes import FusedPieces, Pieces, Settled
 from fused_resnet.modules import unit
-from fused_resnet.ops.block import activations
 from fused_resnet.parity import Row, compare
 
 Arguments = tuple[tuple, dict]
@@ -22,62 +22,9 @@ LABELS = ("output without gradients", "output")
 # batch norm): all that any network has there is the rounding of the terms that cancel.
 CANCELLED = 1e-11
 
-
-class PlainAct(nn.Module):
-    """Takes the place of an activation module in a reference network, so that its pieces are noted."""
-
-    def __init__(self, act: str):
-        super().__init__()
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return unit._activate(x, self.act)
-
-
-def _pieces(x: Tensor, act: str) -> Tensor:
-    """Which piece of ReLU or ReLU6 every element is on, from the pre-activation or the output: 0, 1, or 2 above 6."""
-    inside = ~(x <= 0)  # NaN is inside: it stays NaN
-    return inside.to(torch.int8) + (x >= 6) if act == "relu6" else inside.to(torch.int8)
-
-
-class Pieces:
-    """A plain activation that notes the pieces it takes, in the order of the calls, or takes those it is given."""
-
-    def __init__(self, given: list[Tensor] | None = None):
-        self.given = None if given is None else iter(given)
-        self.taken: list[Tensor] = []
-
-    def __call__(self, x: Tensor, act: str) -> Tensor:
-        if act not in ("relu", "relu6"):
-            return unit.plain_activation(x, act)
-        pieces = _pieces(x.detach(), act) if self.given is None else next(self.given)
-        self.taken.append(pieces)
-        y = torch.where(pieces == 0, 0, x)
-        return torch.where(pieces == 2, 6, y) if act == "relu6" else y
-
-
-class FusedPieces(TorchDispatchMode):
-    """Notes the pieces that the activations of fused (and plain) operators take, from their outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.taken: list[Tensor] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        found = [(result, self._act(func, args))]
-        if func is torch.ops.fused_resnet.block.default:
-            found = activations(args, result)
-        self.taken += [_pieces(y, act) for y, act in found if act in ("relu", "relu6")]
-        return result
-
-    @staticmethod
-    def _act(func, args) -> str:
-        if func.namespace == "fused_resnet":
-            names = [argument.name for argument in func._schema.arguments]
-            return args[names.index("act")] if "act" in names else "none"
-        plain = {"relu": "relu", "relu_": "relu", "hardtanh": "relu6", "hardtanh_": "relu6"}
-        return plain.get(func._schema.name.removeprefix("aten::"), "none") if func.namespace == "aten" else "none"
+# Attributes of timm and transformers that have parts of a network run again in the backward pass, where batch norm then
+# counts the batch twice.
+_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 
 
 @dataclass
@@ -100,19 +47,18 @@ def run_fused(block: nn.Module, arguments: Arguments, dtype: torch.dtype, backen
         if not block.training:
             with torch.no_grad():
                 inference = list(tensors(block(*arguments[0], **arguments[1])))
-        noted = FusedPieces()
-        run = _run(block, arguments, dtype, noted, noted)
+        run = _run(block, arguments, dtype, FusedPieces())
     run.outputs = inference + run.outputs
     return run
 
 
 def run_plain(block: nn.Module, arguments: Arguments, dtype: torch.dtype, given: list[Tensor] | None = None) -> Run:
     """One forward and backward of a plain block; `given`: the pieces that its activations are to take."""
-    pieces = Pieces(given)
-    return _run(block, arguments, dtype, unit.unfused(pieces), pieces)
+    with unit.unfused():
+        return _run(block, arguments, dtype, Pieces(given))
 
 
-def _run(block, arguments, dtype, context, noted) -> Run:
+def _run(block, arguments, dtype, noted: Pieces | FusedPieces) -> Run:
     leaves: dict[tuple[str, str], Tensor] = {}
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -122,7 +68,7 @@ def _run(block, arguments, dtype, context, noted) -> Run:
 
     with state_kept(block):
         args, kwargs = map_tensors(arguments, leaf)
-        with context:
+        with Settled(), noted:
             outputs = list(tensors(block(*args, **kwargs)))
         for name, parameter in block.named_parameters():
             if parameter.requires_grad:
@@ -171,6 +117,14 @@ def random_gradients(outputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(output.shape, generator=generator).to(dtype).to(output) for output in outputs]
 
 
+def without_checkpointing(network: nn.Module) -> None:
+    """Have nothing of a network run again in the backward pass, as far as other libraries do that."""
+    for module in network.modules():
+        for name in _CHECKPOINTING:
+            if getattr(module, name, False):
+                setattr(module, name, False)
+
+
 @contextlib.contextmanager
 def state_kept(network: nn.Module) -> Iterator[None]:
     """Buffers are afterwards what they were before."""
@@ -202,5 +156,8 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         items = [map_tensors(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: map_tensors(item, change) for key, item in value.items()}
+        changed = copy.copy(value)  # of the same class: the outputs of transformers are dicts with attributes
+        for key, item in value.items():
+            changed[key] = map_tensors(item, change)
+        return changed
     return value

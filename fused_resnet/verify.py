@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.backends import available_backends
+from fused_resnet.fusion import FusedForward
+from fused_resnet.modes import Settled, in_order_of
 from fused_resnet.modules import unit
 from fused_resnet.modules.bn_act import BNAct2d
 from fused_resnet.parity import LIMIT, Row, VerifyReport
 from fused_resnet.twins import (
     Arguments,
-    PlainAct,
     Run,
     gradient_rows,
     map_tensors,
@@ -31,6 +32,7 @@ from fused_resnet.twins import (
     run_plain,
     state_kept,
     tensors,
+    without_checkpointing,
 )
 
 NETWORK = "(network)"
@@ -41,8 +43,6 @@ STEM = "(stem)"
 # changed, and with the largest of their errors; a wrong kernel fails there too.
 OPINIONS = 5
 HOPELESS = 10 * LIMIT  # no luck explains that
-
-_MODULE_ACTS = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
 
 
 def verify(
@@ -58,8 +58,8 @@ def verify(
     """Compare `model` with the plain network it stands for: outputs, gradients and running statistics.
 
     Every fused block is run by itself on the input that it has in the fp64 network, with a random gradient of its
-    output, in eval and in train mode; then the whole network. Dropout is switched off. Neither `model` nor `reference`
-    is changed.
+    output, in eval and in train mode; then the whole network. Dropout, stochastic depth and the checkpointing of other
+    libraries are switched off. Neither `model` nor `reference` is changed.
 
     Args:
         example: an input, or a tuple of inputs, as `model(*example)` takes them. For train mode it should leave some
@@ -97,7 +97,9 @@ def block_names(model: nn.Module) -> list[str]:
     """Names of what is verified by itself: the stem, every fused module, outermost first, and the network."""
     names = [STEM] if _stem(model) is not None else []
     names += [
-        name for name, module in model.named_modules() if name and isinstance(module, (unit.FusedModule, BNAct2d))
+        name
+        for name, module in model.named_modules()
+        if name and isinstance(module, (unit.FusedModule, BNAct2d, FusedForward))
     ]
     return [*names, NETWORK]
 
@@ -128,18 +130,12 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> nn.Module:
         reference.load_state_dict(model.state_dict())
     except RuntimeError as error:
         raise ValueError(f"verify: the reference does not take the model's state dict: {error}") from None
-    for parent in list(reference.modules()):
-        for name, child in parent.named_children():
-            if type(child) in _MODULE_ACTS:
-                setattr(parent, name, PlainAct(_MODULE_ACTS[type(child)]))
     return reference
 
 
 def _prepared(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     network = copy.deepcopy(network).to(dtype)
-    for module in network.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
+    without_checkpointing(network)
     return network
 
 
@@ -169,7 +165,7 @@ class _Networks:
         self.dtype, self.backend = dtype, backend
         for network in self.all[1:]:
             for module in network.modules():
-                if hasattr(module, "lean"):  # a forward that is computed again would note its pieces twice
+                if hasattr(module, "lean"):  # a forward that is computed again would take its pieces again
                     module.lean = False
 
     def blocks(self, name: str) -> list[nn.Module]:
@@ -187,17 +183,17 @@ class _Networks:
             return hook
 
         hooks = [
-            _find(truth, name).register_forward_pre_hook(keep(name), with_kwargs=True)
+            _find(truth, "conv1" if name == STEM else name).register_forward_pre_hook(keep(name), with_kwargs=True)
             for name in names
-            if name not in (STEM, NETWORK)
+            if name != NETWORK
         ]
         try:
-            with torch.no_grad(), state_kept(truth), unit.unfused():
+            with torch.no_grad(), state_kept(truth), unit.unfused(), Settled():
                 truth(*map_tensors(inputs, lambda t: t.double()))
         finally:
             for hook in hooks:
                 hook.remove()
-        found.update({STEM: (inputs, {}), NETWORK: (inputs, {})})
+        found[NETWORK] = (inputs, {})
         return {name: found[name] for name in names if name in found}
 
     def rows(self, name: str, mode: str, arguments: Arguments) -> list[Row]:
@@ -226,11 +222,12 @@ class _Networks:
 
     def _same_pieces(self, run: Run, truth: Run, block: nn.Module, exact: Arguments) -> Run:
         """The fp64 run whose activations take the pieces that they took in `run`."""
-        if [p.shape for p in run.pieces] != [p.shape for p in truth.pieces]:
-            return truth  # an activation that could not be followed
-        if all(map(torch.equal, run.pieces, truth.pieces)):
+        pieces = in_order_of(truth.pieces, run.pieces)
+        if pieces is None:  # an activation that could not be followed
             return truth
-        return run_plain(block, exact, self.dtype, given=run.pieces)
+        if all(map(torch.equal, pieces, truth.pieces)):
+            return truth
+        return run_plain(block, exact, self.dtype, given=pieces)
 
 
 def _last_bits_changed(arguments: Arguments, seed: int) -> Arguments:

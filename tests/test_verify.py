@@ -14,7 +14,6 @@ from fused_resnet.backends import reference
 from fused_resnet.modules import unit
 from fused_resnet.modules.blocks import conv1x1
 from fused_resnet.parity import Row, VerifyReport, compare
-from fused_resnet.twins import Pieces
 from fused_resnet.verify import NETWORK, STEM, block_names, verify
 
 
@@ -223,16 +222,6 @@ def test_rule_counts_infinities_that_eager_has_too_as_equal():
     assert compare(WHERE, overflown, overflown, truth, torch.float16).passed
     assert not compare(WHERE, overflown, truth, truth, torch.float16).passed
     assert not compare(WHERE, torch.ones(3), truth, truth, torch.float32).passed  # another shape
-
-
-def test_pieces_are_taken_as_given():
-    x = torch.tensor([-1.0, 2.0, 7.0], requires_grad=True)
-    first = Pieces()
-    assert torch.equal(first(x, "relu6"), torch.tensor([0.0, 2.0, 6.0]))
-    other = Pieces([torch.tensor([1, 0, 1], dtype=torch.int8)])
-    other(x, "relu6").sum().backward()
-    assert torch.equal(x.grad, torch.tensor([1.0, 0.0, 1.0]))
-    assert [p.tolist() for p in first.taken] == [[0, 1, 2]]
 
 
 def test_report_is_a_table_with_aligned_columns_and_json():

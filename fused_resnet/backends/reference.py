@@ -247,11 +247,16 @@ def norm_act_max_pool2d(x, norm, act, kernel, stride, padding, size):
     return channels_last(y), channels_last(tap.to(torch.uint8))
 
 
+def index_of_taps(tap, width, kernel, stride, padding):
+    """What `norm_act_max_pool2d` tells of each output, as the index in its map, whose rows are so wide."""
+    row, column = _window_starts(tap, stride, padding)
+    tap = tap.long()
+    return (tap // kernel[1] + row) * width + tap % kernel[1] + column
+
+
 def norm_act_max_pool2d_reduce(grad, argmax, x, norm, act, kernel, stride, padding):
     """The gradient of the pre-activation, for the next step, and its sums d_weight and d_bias."""
-    row, column = _window_starts(grad, stride, padding)
-    tap = argmax.long()
-    index = (tap // kernel[1] + row) * x.shape[3] + tap % kernel[1] + column
+    index = index_of_taps(argmax, x.shape[3], kernel, stride, padding)
     d_y = torch.ops.aten.max_pool2d_with_indices_backward(
         channels_last(grad).to(wide(x)), x.to(wide(x)), kernel, stride, padding, (1, 1), False, channels_last(index)
     )

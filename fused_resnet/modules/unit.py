@@ -43,19 +43,16 @@ def plain_activation(x: Tensor, act: str) -> Tensor:
     return ACT_FUNCTIONS[act](x, inplace=True) if act in ("relu", "relu6") else ACT_FUNCTIONS[act](x)
 
 
-# The activation of the plain network; None: units run fused.
-_unfused: contextvars.ContextVar[Callable[[Tensor, str], Tensor] | None] = contextvars.ContextVar(
-    "fused_resnet_unfused", default=None
-)
+_unfused: contextvars.ContextVar[bool] = contextvars.ContextVar("fused_resnet_unfused", default=False)
 
 
 @contextlib.contextmanager
-def unfused(activation: Callable[[Tensor, str], Tensor] = plain_activation) -> Iterator[None]:
-    """Run every module as plain PyTorch would: its children one by one, and aten for the sum and `activation(y, act)`.
+def unfused() -> Iterator[None]:
+    """Run every module as plain PyTorch would: its children one by one, and aten for the sum and the activation.
 
     This is the network that the fused one is verified against and timed beside. It holds for the current thread.
     """
-    token = _unfused.set(activation)
+    token = _unfused.set(True)
     try:
         yield
     finally:
@@ -64,12 +61,7 @@ def unfused(activation: Callable[[Tensor, str], Tensor] = plain_activation) -> I
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace a context variable
 def is_unfused() -> bool:
-    return _unfused.get() is not None
-
-
-def _activate(x: Tensor, act: str) -> Tensor:
-    """The activation of the plain network."""
-    return (plain_activation if torch.compiler.is_compiling() else _unfused.get())(x, act)
+    return _unfused.get()
 
 
 def forget(module: nn.Module) -> None:
@@ -176,10 +168,10 @@ def bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None = None, act: str = 
     """Return `act(bn(x) + residual)`."""
     if plain_batch_norm(bn):
         return fused_bn_act(bn, x, residual, act)
-    y = bn(x)
-    if is_unfused():
-        return _activate(y if residual is None else y + residual, act)
-    return ACT_FUNCTIONS[act](y) if residual is None else ops.add_act(y, residual, act=act)
+    y = bn(x)  # not written over: a hook may have seen it
+    if residual is None or is_unfused():
+        return ACT_FUNCTIONS[act](y if residual is None else y + residual)
+    return ops.add_act(y, residual, act=act)
 
 
 def fused_bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
@@ -189,7 +181,7 @@ def fused_bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None, act: str) ->
         y = plain.forward(bn, x)
         if residual is not None:
             y += residual
-        return _activate(y, act)
+        return plain_activation(y, act)
     if uses_batch_statistics(bn):
         return train([Layer(None, bn, act)], x, residual=residual)
     forget_sharded(bn)
@@ -244,11 +236,11 @@ def again(run: Callable[[Tensor], Tensor], x: Tensor, lean: bool) -> Tensor:
 
 def _surroundings() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """What holds now, and must when a backward pass runs a block again."""
-    activation, backend = _unfused.get(), context_backend()
+    plain, backend = _unfused.get(), context_backend()
 
     @contextlib.contextmanager
     def restored():
-        token = _unfused.set(activation)
+        token = _unfused.set(plain)
         try:
             with use_backend(backend or None):
                 yield

@@ -150,8 +150,22 @@ def activations(args: Sequence, output: Sequence) -> Iterator[tuple[Tensor, str]
     y, z, mean, var, *_ = output
     norms = [Norm(*values) for values in zip(mean, var, inputs.bn_weights, inputs.bn_biases, form.eps, strict=True)]
     last = len(form.acts) - 1
+    if form.pool and form.lean:  # the last convolution was not kept
+        x = reference.activation(z[-1], norms[last - 1], form.acts[last - 1]) if z else inputs.x
+        z = [*z, reference.convolution(x, inputs.weights[last], inputs.conv_biases[last], form.convs[last])]
     for i, act in enumerate(form.acts):
         yield y if i == last and not form.pool else reference.activation(z[i], norms[i], act), act
+
+
+def pooled(args: Sequence, output: Sequence) -> Tensor | None:
+    """Where in its map each output of the pooling at the end was taken, as PyTorch's indices; None: there is none."""
+    inputs, form, told = Inputs(*args[:6]), _parsed(*args[6:]), output[4]
+    if not form.pool:
+        return None
+    shape = inputs.x.shape
+    for conv, weight in zip(form.convs, inputs.weights, strict=True):
+        shape = conv.output_shape(shape, weight)
+    return reference.index_of_taps(told, shape[3], *form.pool)
 
 
 def _backward_impl(grad, y, told, totals, *rest):
