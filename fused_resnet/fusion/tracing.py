@@ -237,12 +237,12 @@ class _Tracer(fx.Tracer):
         if foreign_norm(type(m)) == "norm+act" and not unit.hooked(m) and len(args) == 1 and not kwargs:
             return self._inline(m, lambda x: m.act(m.drop(self._operation(m, (x,), {}))), args, kwargs)
         if m is self.root.inner and "forward" not in vars(m):
-            return self._inline(m, forward, args, kwargs)
+            return self._inline(m, m.forward, args, kwargs)  # without its hooks, which are not to see symbols
         if is_leaf(m) or unit.hooked(m) or "forward" in vars(m):
             return self._operation(m, args, kwargs)
         start = len(self.current.items)
         try:
-            return self._inline(m, forward, args, kwargs)
+            return self._inline(m, m.forward, args, kwargs)
         except Exception as error:
             self.whole[m] = _reason(error)
             self._take_back(start)
