@@ -26,8 +26,8 @@ from fused_resnet.fusion.kinds import IN_PLACE_OPERATORS, is_leaf, returns_a_ten
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import foreign_norm
 
-# What every module has, and no forward reads.
-_INTERNAL = frozenset(vars(nn.Module()))
+# What every module has, or FSDP2 gives it, and no forward reads.
+_INTERNAL = frozenset((*vars(nn.Module()), "_is_fsdp_managed_module", "_fsdp_use_orig_params"))
 _tracing = threading.RLock()  # fx patches nn.Module while it traces
 
 # What may be asked of a tensor that is no symbol.
@@ -327,12 +327,16 @@ def as_nodes(value: Any) -> Any:
     return value
 
 
+def _is_internal(name: str) -> bool:
+    return name in _INTERNAL or name == STATE or name.startswith("__composable_api")  # the last is FSDP2's, too
+
+
 def attributes(module: nn.Module) -> dict[str, Any]:
     """What a forward may read of a module besides its parameters, buffers and children, and their names.
 
     Lists and dicts by the identity of what they hold. Equal where nothing was assigned.
     """
-    found = {name: _frozen(value) for name, value in vars(module).items() if name not in _INTERNAL and name != STATE}
+    found = {name: _frozen(value) for name, value in vars(module).items() if not _is_internal(name)}
     return {**found, "children": tuple(module._modules), "training": module.training}
 
 
