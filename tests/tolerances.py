@@ -37,7 +37,7 @@ TOLERANCES = {
     "model_fp64_floor": Tolerance(
         1e-12,
         "added to model_fp64, relative to the largest tensor of all: a gradient that is zero in exact arithmetic, as "
-        "a bias's in front of a batch norm, is what rounding (1e-16, through up to twenty layers) leaves of larger ones",
+        "a bias's in front of a batch norm, is what rounding (1e-16, in up to twenty layers) leaves of larger ones",
     ),
     "source_flops": Tolerance(
         0.02,
