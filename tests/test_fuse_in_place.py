@@ -114,3 +114,20 @@ def test_fuse_result_of_relu6_is_written():
     fused, x = fr.fuse(model), torch.randn(2, CHANNELS, 6, 5, dtype=torch.double)
     for training in (True, False):
         assert_near(training_step(fused.train(training), x), training_step(model.train(training), x))
+
+
+class WrittenAfterSum(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(CHANNELS, CHANNELS, 1), act
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(0.5 * y + 0.5 * y.detach()).add_(y).mean((2, 3))
+
+
+@pytest.mark.parametrize("act", [F.silu, F.hardswish, F.relu6], ids=lambda act: act.__name__)
+def test_fuse_result_of_a_sum_is_written(act):
+    model = WrittenAfterSum(act).double()
+    fused, x = fr.fuse(model), torch.randn(2, CHANNELS, 6, 5, dtype=torch.double)
+    assert_near(training_step(fused, x), training_step(model, x))

@@ -135,10 +135,10 @@ class Finder:
 
     @staticmethod
     def _fusible_act(node: fx.Node) -> str | None:
-        """The activation, unless its result, of which a fused ReLU6 takes its slope, is written to."""
+        """The activation, unless its result, which fused operators keep where eager keeps its input, is written to."""
         act = kinds.act_of(node)
         written = any(user.op != "call_module" and node in kinds.changed_in_place(user) for user in node.users)
-        return None if act == "relu6" and written else act
+        return None if act != "relu" and written else act
 
     def _following(self, node: fx.Node, wanted: Callable) -> fx.Node | None:
         user = only_user(node)
