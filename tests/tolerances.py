@@ -34,6 +34,11 @@ TOLERANCES = {
         "added to the two-times rule for the gradients and running statistics of a network, relative to each tensor: "
         "eager may hit the truth by luck",
     ),
+    "model_fp64_floor": Tolerance(
+        1e-12,
+        "added to model_fp64, relative to the largest tensor of all: a gradient that is zero in exact arithmetic, as "
+        "a bias's in front of a batch norm, is what rounding (1e-16, in up to twenty layers) leaves of larger ones",
+    ),
     "source_flops": Tolerance(
         0.02,
         "the papers' multiply-adds are rounded to one decimal (1.8, 3.6, 3.8, 7.6, 11.3 x 10^9)",

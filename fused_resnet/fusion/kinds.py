@@ -167,6 +167,11 @@ def summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return node.args if node.args[0] is not node.args[1] else None
 
 
+def adds_in_place(node: fx.Node) -> bool:
+    """Whether a sum is written over the first of what it adds."""
+    return node.target in (operator.iadd, "add_")
+
+
 def changed_in_place(node: fx.Node) -> list[fx.Node]:
     """The tensors whose memory the operation may write to."""
     tensors = node.all_input_nodes

@@ -129,9 +129,16 @@ class Finder:
                 unit = Unit(None, node)
             if unit is None:
                 continue
-            unit = unit._replace(act=self._following(unit.last, kinds.act_of))
+            unit = unit._replace(act=self._following(unit.last, self._fusible_act))
             in_units.update(unit.nodes())
             self.by_end[unit.last] = unit
+
+    @staticmethod
+    def _fusible_act(node: fx.Node) -> str | None:
+        """The activation, unless its result, which fused operators keep where eager keeps its input, is written to."""
+        act = kinds.act_of(node)
+        written = any(user.op != "call_module" and node in kinds.changed_in_place(user) for user in node.users)
+        return None if act != "relu" and written else act
 
     def _following(self, node: fx.Node, wanted: Callable) -> fx.Node | None:
         user = only_user(node)
@@ -144,7 +151,7 @@ class Finder:
             both = kinds.summands(add)
             if both is None:
                 continue
-            act = self._following(add, kinds.act_of)
+            act = self._following(add, self._fusible_act)
             for place in self._sums(add, both, act):
                 if self._take(place):
                     yield place

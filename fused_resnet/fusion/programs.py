@@ -92,10 +92,11 @@ class Program:
     """
 
     def __init__(self, source: str, constants: dict[str, Any], form: tuple, seen: list[Seen]):
-        self.__setstate__((source, constants, form, seen))
+        self.__setstate__((source, constants, pytree.tree_unflatten(*form), seen))
 
     def __setstate__(self, state: tuple) -> None:
-        self.source, self.constants, self.form, self.seen = state
+        self.source, self.constants, form, self.seen = state
+        self.form = pytree.tree_flatten(form)
         scope = dict(self.constants)
         exec(compile(self.source, "<fused forward>", "exec"), scope)
         self.function = scope["forward"]
@@ -104,7 +105,7 @@ class Program:
         self.tensors = len(leaves) if plain else None  # so many arguments, all of them tensors
 
     def __getstate__(self) -> tuple:
-        return self.source, self.constants, self.form, self.seen
+        return self.source, self.constants, pytree.tree_unflatten(*self.form), self.seen  # pytree's own change
 
     def __deepcopy__(self, memo: dict) -> "Program":
         made = copy.copy(self)

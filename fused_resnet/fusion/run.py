@@ -3,6 +3,7 @@ tensors allow it: sums that broadcast or change the dtype, and images without a 
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from fused_resnet.modules.max_pool import max_pool
 from fused_resnet.modules.unit import ACT_FUNCTIONS, Layer
 from fused_resnet.ops.checks import FLOATING, under_autocast
 
+# Over which of its two sides the network writes a sum; None: over neither.
+Into = Literal["y", "added"] | None
+
 
 def block(
     layers: Sequence[tuple],
@@ -25,6 +29,7 @@ def block(
     add_input: bool = False,
     pool: nn.Module | None = None,
     lean: bool = False,
+    into: Into = None,
 ) -> Tensor:
     """Convolutions with batch norm in a row, as `modules.chain.chain`; a layer: convolution, batch norm, activation."""
     layers = [Layer(*layer) for layer in layers]
@@ -43,9 +48,9 @@ def block(
     act = layers[-1].act
     y = _each([*layers[:-1], layers[-1]._replace(act="none")], x)
     if other is not None:
-        y = y + _each([other], x)
+        y = _sum(y, _each([other], x), into)
     elif added is not None:
-        y = y + added
+        y = _sum(y, added, into)
     y = ACT_FUNCTIONS[act](y)
     return y if pool is None else max_pool(pool, y)
 
@@ -63,31 +68,42 @@ def _each(layers: list[Layer], x: Tensor) -> Tensor:
 
 def norm(bn: nn.Module, x: Tensor) -> Tensor:
     """Return `bn(x)`; of a "norm+act" the norm alone."""
-    return unit.fused_bn_act(bn, x, None, "none") if _ordinary(x) and unit.plain_batchnorm(bn) else bn(x)
+    return unit.fused_bn_act(bn, x, None, "none") if _ordinary(x) and unit.plain_batch_norm(bn) else bn(x)
 
 
-def conv_act(conv: nn.Module, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
+def conv_act(conv: nn.Module, x: Tensor, residual: Tensor | None, act: str, into: Into = None) -> Tensor:
     """Return `act(conv(x) + residual)`; where gradients are wanted, the convolution is PyTorch's own."""
     fused = _ordinary(x) and not torch.is_grad_enabled() and unit.plain_convolution(conv)
     if fused and (residual is None or _may_add([Layer(conv, None, act)], x, residual)):
         return unit.conv_act(conv, x, residual, act)
     y = conv(x)
-    return ACT_FUNCTIONS[act](y) if residual is None else add_act(y, residual, act)
+    return ACT_FUNCTIONS[act](y) if residual is None else add_act(y, residual, act, into)
 
 
-def bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None, act: str) -> Tensor:
+def bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None, act: str, into: Into = None) -> Tensor:
     """Return `act(bn(x) + residual)`."""
     if _ordinary(x) and (residual is None or _same(x.shape, x.dtype, residual)):
         return unit.bn_act(bn, x, residual, act)
     y = norm(bn, x)
-    return ACT_FUNCTIONS[act](y if residual is None else y + residual)
+    return ACT_FUNCTIONS[act](y if residual is None else _sum(y, residual, into))
 
 
-def add_act(x: Tensor, residual: Tensor, act: str) -> Tensor:
+def add_act(x: Tensor, residual: Tensor, act: str, into: Into = None) -> Tensor:
     """Return `act(x + residual)`."""
     if _ordinary(x) and x.shape == residual.shape and x.dtype == residual.dtype:
         return ops.add_act(x, residual, act=act)
-    return ACT_FUNCTIONS[act](x + residual)
+    return ACT_FUNCTIONS[act](_sum(x, residual, into))
+
+
+def _sum(y: Tensor, added: Tensor, into: Into) -> Tensor:
+    """The sum, of which dtype and shape are those of what it is written over."""
+    if into == "added":
+        added += y
+        return added
+    if into == "y":
+        y += added
+        return y
+    return y + added
 
 
 # --- what tensors must be like ----------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from fused_resnet.fusion.kinds import IN_PLACE_OPERATORS, is_leaf, returns_a_ten
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import foreign_norm
 
-# What every module has, and no forward reads.
-_INTERNAL = frozenset(vars(nn.Module()))
+# What every module has, or FSDP2 gives it, and no forward reads.
+_INTERNAL = frozenset((*vars(nn.Module()), "_is_fsdp_managed_module", "_fsdp_use_orig_params"))
 _tracing = threading.RLock()  # fx patches nn.Module while it traces
 
 # What may be asked of a tensor that is no symbol.
@@ -237,12 +237,12 @@ class _Tracer(fx.Tracer):
         if foreign_norm(type(m)) == "norm+act" and not unit.hooked(m) and len(args) == 1 and not kwargs:
             return self._inline(m, lambda x: m.act(m.drop(self._operation(m, (x,), {}))), args, kwargs)
         if m is self.root.inner and "forward" not in vars(m):
-            return self._inline(m, forward, args, kwargs)
+            return self._inline(m, m.forward, args, kwargs)  # without its hooks, which are not to see symbols
         if is_leaf(m) or unit.hooked(m) or "forward" in vars(m):
             return self._operation(m, args, kwargs)
         start = len(self.current.items)
         try:
-            return self._inline(m, forward, args, kwargs)
+            return self._inline(m, m.forward, args, kwargs)
         except Exception as error:
             self.whole[m] = _reason(error)
             self._take_back(start)
@@ -327,12 +327,16 @@ def as_nodes(value: Any) -> Any:
     return value
 
 
+def _is_internal(name: str) -> bool:
+    return name in _INTERNAL or name == STATE or name.startswith("__composable_api")  # the last is FSDP2's, too
+
+
 def attributes(module: nn.Module) -> dict[str, Any]:
     """What a forward may read of a module besides its parameters, buffers and children, and their names.
 
     Lists and dicts by the identity of what they hold. Equal where nothing was assigned.
     """
-    found = {name: _frozen(value) for name, value in vars(module).items() if name not in _INTERNAL and name != STATE}
+    found = {name: _frozen(value) for name, value in vars(module).items() if not _is_internal(name)}
     return {**found, "children": tuple(module._modules), "training": module.training}
 
 

@@ -143,14 +143,14 @@ class _Writer:
         residual = "None" if place.residual is None else self._text(place.residual)
         x = self._text(place.x)
         if not place.units:
-            return f"{self._constant(run.add_act)}({x}, {residual}, {act!r})"
+            return f"{self._constant(run.add_act)}({x}, {residual}, {act!r}{_into(place)})"
         *_, last = place.units
         if place.add is None:
             act = "none" if last.act is None else self._act(last.act)
         if not last.whole:
             function = run.bn_act if last.conv is None else run.conv_act
             module = self._unit_modules(last)[0]
-            return f"{self._constant(function)}({module}, {x}, {residual}, {act!r})"
+            return f"{self._constant(function)}({module}, {x}, {residual}, {act!r}{_into(place)})"
         return f"{self._constant(run.block)}({self._units(place, act)}, {x}{self._options(place, residual)})"
 
     def _units(self, place: Place, act: str) -> str:
@@ -168,7 +168,7 @@ class _Writer:
             pool = kinds.module_of(place.pool)
             self._see(pool, attributes(pool))
             options += f", pool={self._module(pool)}"
-        return options + (", lean=True" if self.lean else "")
+        return options + (", lean=True" if self.lean else "") + _into(place)
 
     def _unit_modules(self, unit: Unit) -> list[str]:
         modules = [kinds.module_of(node) for node in (unit.conv, unit.norm) if node is not None]
@@ -250,6 +250,13 @@ class _Writer:
         name = f"{getattr(value, '__name__', 'constant').strip('_<>')}_{len(self.constants)}"
         self.constants[name if name.isidentifier() else f"constant_{len(self.constants)}"] = value
         return next(reversed(self.constants))
+
+
+def _into(place: Place) -> str:
+    if place.add is None or not kinds.adds_in_place(place.add):
+        return ""
+    other = place.residual if place.projection is None else place.projection.last
+    return f", into={'added' if place.add.args[0] is other else 'y'!r}"
 
 
 def _dotted(path: Path) -> str:

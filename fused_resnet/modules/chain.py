@@ -32,10 +32,12 @@ def chain(
     """
     window = None if pool is None else pool_geometry(pool)
     poolable = pool is None or (window is not None and x.dim() == 4)
-    if poolable and unit.trainable([*layers, projection] if projection is not None else layers):
+    everything = [*layers, projection] if projection is not None else layers
+    if poolable and unit.trainable(everything):
         return unit.train(
             layers, x, residual=residual, projection=projection, add_input=add_input, max_pool=window or (), lean=lean
         )
+    lean = lean and all(map(unit.repeatable, everything))
     return unit.again(lambda x: _one_by_one(layers, x, residual, projection, add_input, pool, given), x, lean)
 
 

@@ -222,6 +222,12 @@ def trainable(layers: Sequence[Layer | None]) -> bool:
     return len({sync_group(layer.bn) for layer in layers}) == 1 and len({layer.bn for layer in layers}) == len(layers)
 
 
+def repeatable(layer: Layer) -> bool:
+    """Whether it may run a second time in the backward pass: no hook sees it, and no norm counts the batch again."""
+    counts = isinstance(layer.bn, nn.modules.batchnorm._BatchNorm) and not plain_batch_norm(layer.bn)
+    return not (counts or hooked(layer.bn) or hooked(layer.conv))
+
+
 def again(run: Callable[[Tensor], Tensor], x: Tensor, lean: bool) -> Tensor:
     """Return `run(x)`; `lean`: in training keep x alone of it, and run it again in the backward pass.
 
