@@ -26,8 +26,8 @@ from fused_resnet.fusion.kinds import IN_PLACE_OPERATORS, is_leaf, returns_a_ten
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import foreign_norm
 
-# What every module has, and no forward reads.
-_INTERNAL = frozenset(vars(nn.Module()))
+# What every module has, or is given by torch.compile, and no forward reads.
+_INTERNAL = frozenset(vars(nn.Module())) | {"_is_torch_compile", "_compiled_call_impl"}
 _tracing = threading.RLock()  # fx patches nn.Module while it traces
 
 # What may be asked of a tensor that is no symbol.
