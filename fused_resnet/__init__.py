@@ -3,6 +3,7 @@
 from fused_resnet import ops
 from fused_resnet._version import __version__
 from fused_resnet.backends import available_backends, empty_cache, use_backend
+from fused_resnet.export import export
 from fused_resnet.fusion import FusionReport, fuse, fusion_report, unfuse
 from fused_resnet.graphs import GraphedModel, graph
 from fused_resnet.models import (
@@ -68,6 +69,7 @@ __all__ = [
     "available_backends",
     "convert_sync_batchnorm",
     "empty_cache",
+    "export",
     "freeze_batch_norm",
     "fuse",
     "fusion_report",

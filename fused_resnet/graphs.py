@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fused_resnet.capture import Captured, Graph, one_capture
 from fused_resnet.modules.unit import is_unfused
@@ -27,8 +26,6 @@ def _followed() -> bool:
         torch.is_autocast_enabled(DEVICE_TYPE)
         or is_unfused()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or (DEVICE_TYPE == "cuda" and torch.cuda.is_current_stream_capturing())
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -60,6 +61,8 @@ class Seen:
         return self.attributes is None or self._same(module, found)
 
     def _same(self, module: nn.Module, found: dict[str, Any]) -> bool:
+        if torch.compiler.is_compiling():  # which guards all that is read: `objects` would be set, and compile it again
+            return attributes(module) == self.attributes
         if self.objects is not None:
             count, objects, children = self.objects
             if len(found) == count and tuple(module._modules) == children:

@@ -26,8 +26,9 @@ from fused_resnet.fusion.kinds import IN_PLACE_OPERATORS, is_leaf, returns_a_ten
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import foreign_norm
 
-# What every module has, or FSDP2 gives it, and no forward reads.
-_INTERNAL = frozenset((*vars(nn.Module()), "_is_fsdp_managed_module", "_fsdp_use_orig_params"))
+# What every module has, or is given by torch.compile or FSDP2, and no forward reads.
+_GIVEN = ("_is_torch_compile", "_compiled_call_impl", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
+_INTERNAL = frozenset((*vars(nn.Module()), *_GIVEN))
 _tracing = threading.RLock()  # fx patches nn.Module while it traces
 
 # What may be asked of a tensor that is no symbol.

@@ -61,7 +61,12 @@ def unfused() -> Iterator[None]:
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace a context variable
 def is_unfused() -> bool:
-    return _unfused.get()
+    """Whether modules run as plain PyTorch: it was asked for, or what follows them knows no other operators, as
+    torch.func, forward-mode derivatives, TorchScript and ONNX do not.
+    """
+    if _unfused.get() or ops.transformed() or torch._C._get_tracing_state() is not None:
+        return True
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()  # the last costs more than all the others
 
 
 def forget(module: nn.Module) -> None:
@@ -237,6 +242,8 @@ def again(run: Callable[[Tensor], Tensor], x: Tensor, lean: bool) -> Tensor:
         return run(x)
     if torch.compiler.is_compiling():
         return checkpoint(run, x, use_reentrant=False)
+    if ops.transformed():  # of which checkpoints know nothing
+        return run(x)
     return checkpoint(run, x, use_reentrant=False, context_fn=_surroundings)
 
 

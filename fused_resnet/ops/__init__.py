@@ -9,6 +9,7 @@ from fused_resnet.ops.conv_scale_act import (
     prepare_conv_scale_act_max_pool2d as prepare_conv_scale_act_max_pool2d,
 )
 from fused_resnet.ops.direct import may_call_directly as may_call_directly
+from fused_resnet.ops.direct import transformed as transformed
 from fused_resnet.ops.max_pool2d import max_pool2d
 from fused_resnet.ops.residual_block import Unit, residual_block
 

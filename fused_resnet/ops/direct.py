@@ -2,7 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms what runs now (grad, vmap, jvp), or derivatives are taken in forward mode."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def followed() -> bool:
@@ -12,8 +18,7 @@ def followed() -> bool:
         or torch.is_autocast_enabled("cuda")
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or transformed()
         or torch._C._get_tracing_state() is not None
     )
 

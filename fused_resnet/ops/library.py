@@ -14,7 +14,7 @@ from fused_resnet.backends import ACTIVATIONS as ACTIVATIONS
 from fused_resnet.backends import context_backend, reference
 from fused_resnet.backends import select as select
 from fused_resnet.backends import select_pooled as select_pooled
-from fused_resnet.ops.direct import followed
+from fused_resnet.ops.direct import followed, transformed
 
 LIBRARY = torch.library.Library("fused_resnet", "DEF")
 
@@ -100,12 +100,22 @@ def autograd(name: str, setup_context: Callable, backward: Callable) -> None:
 
         @staticmethod
         def backward(ctx, *grads):
+            if grads[0] is not None and torch._C._functorch.is_legacy_batchedtensor(grads[0]):
+                raise NotImplementedError(
+                    f"fused_resnet::{name} takes one gradient at a time, not several as is_grads_batched=True and "
+                    "jacobian(vectorize=True) give it; they work on the network after fused_resnet.unfuse(model)"
+                )
             found = () if grads[0] is None else backward(ctx, grads[0])
             return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
     Differentiable.__name__ = f"{name}_autograd"
 
     def rule(keyset, *args):
+        if keyset is not None and transformed():
+            raise NotImplementedError(
+                f"fused_resnet::{name} has no rule for torch.func and forward-mode derivatives. Modules that run it "
+                "compute as plain PyTorch there, as a network does after fused_resnet.unfuse(model)"
+            )
         given = flat(args)
         if torch._C.is_grad_enabled() and torch._C._any_requires_grad(*given):
             return Differentiable.apply(*given, sizes(args), keyset)
