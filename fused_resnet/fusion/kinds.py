@@ -37,7 +37,10 @@ IN_PLACE_OPERATORS = [
 _WEIGHT_HOOKS = {WeightNorm: "weight norm", SpectralNorm: "spectral norm", prune.BasePruningMethod: "pruning"}
 
 # Functions and modules whose result is memory of its own.
-_FRESH_FUNCTIONS = (operator.add, operator.mul, operator.sub, torch.add, torch.cat, F.relu, torch.relu, F.avg_pool2d)
+_FRESH_FUNCTIONS = (
+    *(operator.add, operator.mul, operator.sub, torch.add, torch.cat),
+    *(F.relu, torch.relu, F.avg_pool2d, F.group_norm),
+)
 _FRESH_MODULES = (_ConvNd, _BatchNorm, nn.Linear, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Sigmoid)
 
 
