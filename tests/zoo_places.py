@@ -209,7 +209,7 @@ PLACES = {
     "transformers:mobilenet_v1": (0, 27, 0),
     "transformers:mobilenet_v2": (0, 52, 0),
     "transformers:mobilenet_v2_even": (52, 52, 52),
-    "transformers:efficientnet": (39, 51, 39),
+    "transformers:efficientnet": (41, 51, 41),
     "transformers:hgnet_v2": (80, 80, 80),
     "transformers:cvt": (18, 21, 18),
     "transformers:levit": (4, 4, 4),

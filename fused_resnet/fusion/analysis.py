@@ -54,6 +54,7 @@ class _Analyst:
                     self.problems[module] = "filter_fn left it out"
         self.found = Analysis()
         self.whole: dict[nn.Module, str] = {}
+        self.lost: dict[nn.Module, str] = {}
         self.called: set[nn.Module] = set()
         self.fused: dict[nn.Module | str, Fused] = {}
 
@@ -111,7 +112,9 @@ class _Analyst:
         try:
             programs[training] = write(call, places, self.lean)
         except CannotWriteError as error:
-            self.whole.setdefault(module, str(error))
+            name = self.names[module] or type(module).__name__
+            for left in {kinds.module_of(node) for place in places for node in place.nodes()} & set(self.problems):
+                self.lost[left] = f"the forward of {name} cannot be written as a function: {error}"
             return
         for place in places:
             self._tell(place)
@@ -155,6 +158,8 @@ class _Analyst:
 
     def _why(self, module: nn.Module, name: str) -> str:
         """Why a module that could be fused by itself was not."""
+        if module in self.lost:
+            return self.lost[module]
         if module in self.called:
             return "nothing to fuse it with: what follows is read elsewhere too, or is no batch norm, sum or activation"
         parts = name.split(".")

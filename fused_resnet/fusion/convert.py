@@ -17,10 +17,10 @@ import torch
 from torch import fx, nn
 
 from fused_resnet.fusion.analysis import Analysis, Filter, analyse
+from fused_resnet.fusion.attributes import STATE
 from fused_resnet.fusion.programs import Program, own_class
 from fused_resnet.fusion.report import FusionReport
 from fused_resnet.fusion.saved import saved_bytes
-from fused_resnet.fusion.tracing import STATE
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import foreign_norm
 
@@ -147,7 +147,16 @@ def _convert(model: nn.Module, found: Analysis) -> None:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undo `fuse`, in place; return the model. One that is not fused is left as it is."""
+    """Undo `fuse`, in place; return the model. One that is not fused is left as it is.
+
+    Raises:
+        RuntimeError: a module whose class was changed again since, as by FSDP2 or a parametrization; nothing is undone.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FusedForward) and type(module) is not fused_class(module.own_class):
+            raise RuntimeError(
+                f"unfuse: {name or 'the model'} was changed after fuse, by another library; undo that first"
+            )
     for module in model.modules():
         vars(module).pop(STATE, None)
         if isinstance(module, FusedForward):

@@ -163,7 +163,8 @@ class Finder:
         for end, other in (both, both[::-1]):
             unit = self.by_end.get(end)
             if unit is not None and unit.act is None and only_user(end) is add and end not in self.taken:
-                candidates.append((self._chain(unit, common_call([*unit.nodes(), add])), other))
+                within = common_call([*unit.nodes(), add])
+                candidates.append((self._chain(unit, lambda call, w=within: w in call.ancestors()), other))
         for units, other in sorted(candidates, key=lambda c: -len(c[0])):
             branch = self.by_end.get(other)
             projects = branch is not None and branch.whole and branch.act is None and only_user(other) is add
@@ -175,14 +176,14 @@ class Finder:
         if act is not None:
             yield Place([], add, residual=both[1], act=act)
 
-    def _chain(self, unit: Unit, within: Call) -> list[Unit]:
-        """The convolutions with batch norm that lead to `unit`, inside one call."""
+    def _chain(self, unit: Unit, joins: Callable[[Call], bool]) -> list[Unit]:
+        """The convolutions with batch norm that lead to `unit`, as long as the call in which they stand `joins`."""
         units = [unit]
         while unit.whole and len(units) < MOST_UNITS:
             before = self.by_end.get(unit.x)
             if before is None or not before.whole or only_user(before.last) is None or before.last in self.taken:
                 break
-            if within not in common_call(before.nodes()).ancestors():
+            if not joins(common_call(before.nodes())):
                 break
             unit = before
             units.insert(0, unit)
@@ -195,7 +196,7 @@ class Finder:
             if end in self.taken:
                 continue
             unit = self.by_end[end]
-            units = self._chain(unit, common_call(unit.nodes()))
+            units = self._chain(unit, common_call(unit.nodes()).__eq__)
             pool = self._following(end, kinds.is_plain_pool) if unit.whole and unit.act is not None else None
             for place in (Place(units, pool=pool), Place(units), Place([unit])):
                 if len(place.nodes()) > 1 and self._take(place):

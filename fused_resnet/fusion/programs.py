@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet.fusion import kinds
-from fused_resnet.fusion.tracing import attributes
+from fused_resnet.fusion.attributes import attributes
 from fused_resnet.modules import unit
 
 Path = tuple[str, ...]

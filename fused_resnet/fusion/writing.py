@@ -13,9 +13,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet.fusion import kinds, run
+from fused_resnet.fusion.attributes import attributes
 from fused_resnet.fusion.places import Place, Unit
 from fused_resnet.fusion.programs import Leaf, Path, Program, Seen, own_class
-from fused_resnet.fusion.tracing import Call, attributes
+from fused_resnet.fusion.tracing import Call
 from fused_resnet.modules.batch_norm import foreign_norm
 
 _PLAIN = (type(None), bool, int, float, str, type(...))

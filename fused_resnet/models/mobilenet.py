@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fused_resnet.models.registry import factory, register
 from fused_resnet.models.resnet import initialise
 from fused_resnet.modules import unit
+from fused_resnet.modules.again import again
 from fused_resnet.modules.batch_norm import BatchNorm2d
 from fused_resnet.modules.conv_bn_act import ConvBNAct2d, DepthwiseSeparableConv2d
 
@@ -156,7 +157,7 @@ class InvertedResidual(unit.FusedModule):
         layers = [*(unit.sole_layer(module) for module in first), unit.Layer(conv, bn, "none")]
         if unit.trainable(layers):
             return unit.train(layers, x, add_input=self.use_res_connect, lean=self.lean)
-        return unit.again(self._one_by_one, x, self.lean and self.training)
+        return again(self._one_by_one, x, self.lean and self.training, unit.below(self))
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         *first, conv, bn = self.conv

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fused_resnet.models.registry import factory, register
 from fused_resnet.models.resnet import initialise
 from fused_resnet.modules import unit
+from fused_resnet.modules.again import again
 from fused_resnet.modules.batch_norm import BatchNorm2d
 from fused_resnet.modules.blocks import conv1x1, conv3x3
 
@@ -40,7 +41,7 @@ class PreActBlock(unit.FusedModule):
         self.downsample = conv1x1(in_planes, planes, stride=2) if pool else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return unit.again(self._forward, x, self.lean and self.training)
+        return again(self._forward, x, self.lean and self.training, unit.below(self))
 
     def _forward(self, x: Tensor) -> Tensor:
         residual = x if self.downsample is None else self.downsample(x)

@@ -11,6 +11,7 @@ class NormAct(nn.Module):
     """Stands before a batch norm among the bases of a class, and gives it an activation, in one operator with it."""
 
     act: str
+    counts_once = True  # a batch that is computed again
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return unit.fused_bn_act(self, x, residual, self.act)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fused_resnet.modules import unit
+from fused_resnet.modules.again import again
 from fused_resnet.modules.batch_norm import uses_batch_statistics
 from fused_resnet.modules.max_pool import HALVING, max_pool, pool_geometry
 from fused_resnet.modules.prepared import prepared
@@ -37,8 +38,8 @@ def chain(
         return unit.train(
             layers, x, residual=residual, projection=projection, add_input=add_input, max_pool=window or (), lean=lean
         )
-    lean = lean and all(map(unit.repeatable, everything))
-    return unit.again(lambda x: _one_by_one(layers, x, residual, projection, add_input, pool, given), x, lean)
+    modules = (module for layer in everything for module in (layer.conv, layer.bn))
+    return again(lambda x: _one_by_one(layers, x, residual, projection, add_input, pool, given), x, lean, modules)
 
 
 def _one_by_one(layers, x, residual, projection, add_input, pool, given) -> Tensor:

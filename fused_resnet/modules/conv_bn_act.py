@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from fused_resnet.modules import unit
+from fused_resnet.modules.again import again
 from fused_resnet.modules.batch_norm import BatchNorm2d
 from fused_resnet.ops.checks import check_act
 
@@ -76,7 +77,7 @@ class DepthwiseSeparableConv2d(unit.FusedModule, nn.Sequential):
         layers = [unit.sole_layer(module) for module in self]
         if unit.trainable(layers):
             return unit.train(layers, x, lean=self.lean)
-        return unit.again(super().forward, x, self.lean and self.training)
+        return again(super().forward, x, self.lean and self.training, unit.below(self))
 
 
 def _pair(value) -> tuple[int, int]:

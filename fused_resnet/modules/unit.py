@@ -7,16 +7,15 @@ called as it is, and only what follows it is fused.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fused_resnet import ops
-from fused_resnet.backends import context_backend, use_backend
 from fused_resnet.modules.batch_norm import (
     BatchNorm2d,
     count_batch,
@@ -97,6 +96,11 @@ class FusedModule(nn.Module):
         for module in self.modules():
             forget(module)
         return super().train(mode)
+
+
+def below(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules within a module."""
+    return islice(module.modules(), 1, None)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -225,42 +229,6 @@ def trainable(layers: Sequence[Layer | None]) -> bool:
         if isinstance(layer.conv.padding, str):
             return False
     return len({sync_group(layer.bn) for layer in layers}) == 1 and len({layer.bn for layer in layers}) == len(layers)
-
-
-def repeatable(layer: Layer) -> bool:
-    """Whether it may run a second time in the backward pass: no hook sees it, and no norm counts the batch again."""
-    counts = isinstance(layer.bn, nn.modules.batchnorm._BatchNorm) and not plain_batch_norm(layer.bn)
-    return not (counts or hooked(layer.bn) or hooked(layer.conv))
-
-
-def again(run: Callable[[Tensor], Tensor], x: Tensor, lean: bool) -> Tensor:
-    """Return `run(x)`; `lean`: in training keep x alone of it, and run it again in the backward pass.
-
-    For layers that do not run as one operator, which keeps less by itself.
-    """
-    if not (lean and torch.is_grad_enabled()):
-        return run(x)
-    if torch.compiler.is_compiling():
-        return checkpoint(run, x, use_reentrant=False)
-    if ops.transformed():  # of which checkpoints know nothing
-        return run(x)
-    return checkpoint(run, x, use_reentrant=False, context_fn=_surroundings)
-
-
-def _surroundings() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """What holds now, and must when a backward pass runs a block again."""
-    plain, backend = _unfused.get(), context_backend()
-
-    @contextlib.contextmanager
-    def restored():
-        token = _unfused.set(plain)
-        try:
-            with use_backend(backend or None):
-                yield
-        finally:
-            _unfused.reset(token)
-
-    return contextlib.nullcontext(), restored()
 
 
 def train(
