@@ -196,7 +196,8 @@ class Finder:
             if end in self.taken:
                 continue
             unit = self.by_end[end]
-            units = self._chain(unit, common_call(unit.nodes()).__eq__)
+            own = common_call(unit.nodes())
+            units = self._chain(unit, lambda call, own=own: call is own)
             pool = self._following(end, kinds.is_plain_pool) if unit.whole and unit.act is not None else None
             for place in (Place(units, pool=pool), Place(units), Place([unit])):
                 if len(place.nodes()) > 1 and self._take(place):
