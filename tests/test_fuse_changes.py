@@ -193,3 +193,28 @@ def test_fuse_checkpointing():
         assert_near([leaf.grad for leaf in leaves[:1]], [leaf.grad for leaf in leaves[1:]])
         assert_near([p.grad for p in fused.blocks.parameters()], [p.grad for p in eager.blocks.parameters()])
         assert_near(list(fused.blocks.buffers()), list(eager.blocks.buffers()))
+
+
+class Listed(nn.Module):
+    """Calls what its list of modules holds, one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, CHANNELS, 3), nn.BatchNorm2d(CHANNELS)
+        self.layers = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 1) for _ in range(2))
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x)))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_fuse_list_of_modules_grows():
+    model = Listed().double().eval()
+    fused = fr.fuse(model)
+    assert is_running_fused(fused, images(2))
+    layer = nn.Conv2d(CHANNELS, CHANNELS, 1).double()
+    for network in (model, fused):
+        network.layers.append(layer)
+    assert torch.equal(fused(images(2)), model(images(2)))  # its own forward, for another part of it would be missing

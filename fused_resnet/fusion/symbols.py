@@ -2,10 +2,11 @@
 
 import builtins
 import contextlib
+import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -101,6 +102,13 @@ def _names(kind: Any, wanted: tuple[type, ...]) -> bool:
     return any(_names(k, wanted) if type(k) is tuple else k in wanted for k in kinds)
 
 
+class Made(NamedTuple):
+    """An object of a dataclass, as forwards of transformers return them."""
+
+    kind: type
+    fields: dict[str, Any]
+
+
 def as_nodes(value: Any) -> Any:
     """A nest of symbols as a nest of `fx.Node`s."""
     if isinstance(value, fx.Proxy):
@@ -110,4 +118,7 @@ def as_nodes(value: Any) -> Any:
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if type(value) in (dict, OrderedDict):
         return type(value)((key, as_nodes(item)) for key, item in value.items())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        return Made(type(value), {name: as_nodes(getattr(value, name)) for name in fields})
     return value

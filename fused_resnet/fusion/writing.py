@@ -16,6 +16,7 @@ from fused_resnet.fusion import kinds, run
 from fused_resnet.fusion.attributes import attributes
 from fused_resnet.fusion.places import Place, Unit
 from fused_resnet.fusion.programs import Leaf, Path, Program, Seen, own_class
+from fused_resnet.fusion.symbols import Made
 from fused_resnet.fusion.tracing import Call
 from fused_resnet.modules.batch_norm import foreign_norm
 
@@ -51,6 +52,7 @@ class _Writer:
         self.lines: list[tuple[str, str, set[str]]] = []  # variable, expression, variables that it reads
         self.reads: set[str] = set()
         self.seen: dict[Path, Seen] = {}
+        self.used: set[Path] = set()
 
     def program(self) -> Program:
         leaves, spec = pytree.tree_flatten((self.call.args, self.call.kwargs))
@@ -109,13 +111,18 @@ class _Writer:
     def _unpack(self, name: str, output: Any) -> None:
         if isinstance(output, fx.Node):
             self.variables[output] = name
+        elif isinstance(output, Made):
+            self._unpack_each({f".{key}": item for key, item in output.fields.items()}, name)
         elif isinstance(output, (tuple, list, dict)):
             pairs = output.items() if isinstance(output, dict) else enumerate(output)
-            for key, item in pairs:
-                part = self._fresh()
-                self.reads.add(name)
-                self._line(part, f"{name}[{key!r}]")
-                self._unpack(part, item)
+            self._unpack_each({f"[{key!r}]": item for key, item in pairs}, name)
+
+    def _unpack_each(self, parts: dict[str, Any], name: str) -> None:
+        for access, item in parts.items():
+            part = self._fresh()
+            self.reads.add(name)
+            self._line(part, f"{name}{access}")
+            self._unpack(part, item)
 
     def _operation(self, node: fx.Node) -> str:
         arguments = self._arguments(node.args, node.kwargs)
@@ -192,16 +199,17 @@ class _Writer:
             self.seen[path] = Seen(path, own_class(module), read, norm)
 
     def _see_owners(self) -> None:
-        """Modules of which children are used without a call: a forward may go through another method of theirs."""
-        for path in list(self.seen):
+        """Modules of which children are used without a call: lists of modules, and those with another method called."""
+        for path in self.used:
             for end in range(1, len(path)):
-                owner = self.call.module.get_submodule(".".join(path[:end]))
                 if path[:end] not in self.seen:
-                    self._see(owner, attributes(owner))
+                    owner = self.call.module.get_submodule(".".join(path[:end]))
+                    self.seen[path[:end]] = Seen(path[:end], own_class(owner), attributes(owner))
 
     def _path(self, module: nn.Module) -> Path:
         if module not in self.paths:
             raise CannotWriteError(f"a {type(module).__name__} that it calls is not a child")
+        self.used.add(self.paths[module])
         return self.paths[module]
 
     def _module(self, module: nn.Module) -> str:
@@ -229,6 +237,8 @@ class _Writer:
             return self.variables[value]
         if isinstance(value, slice):
             return f"slice({', '.join(self._text(part) for part in (value.start, value.stop, value.step))})"
+        if isinstance(value, Made):
+            return f"{self._constant(value.kind)}({self._arguments((), value.fields)})"
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return f"{self._constant(type(value))}({', '.join(self._text(item) for item in value)})"
         if isinstance(value, tuple):
