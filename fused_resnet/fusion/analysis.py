@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fused_resnet.fusion import kinds
-from fused_resnet.fusion.places import Finder, Place, Unit
+from fused_resnet.fusion.places import Finder, Place, Unit, common_call
 from fused_resnet.fusion.programs import Program
 from fused_resnet.fusion.report import Fused, FusionReport, Skipped
-from fused_resnet.fusion.tracing import Trace, trace
+from fused_resnet.fusion.tracing import Call, Trace, trace
 from fused_resnet.fusion.writing import CannotWriteError, write
 
 Filter = Callable[[nn.Module, str], bool]
@@ -52,6 +52,10 @@ class _Analyst:
             for module in self.problems:
                 if not filter_fn(module, self.names[module]):
                     self.problems[module] = "filter_fn left it out"
+        names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+        for module in self.problems:
+            if names[module] > 1:
+                self.problems[module] = self.problems[module] or "it has several names"
         self.found = Analysis()
         self.whole: dict[nn.Module, str] = {}
         self.lost: dict[nn.Module, str] = {}
@@ -78,12 +82,16 @@ class _Analyst:
             if times > 1 and module in self.problems and self.problems[module] is None:
                 self.problems[module] = f"used {'twice' if times == 2 else f'{times} times'}"
         for t in traces:
-            finder = Finder(t.call, self.problems.get)
-            by_call: dict = {}
-            for place in finder.places():
+            by_call: dict[Call, list[Place]] = {}
+            for place in Finder(t.call, self.problems.get).places():
                 by_call.setdefault(place.call, []).append(place)
+            if by_call:  # a map in channels_last reaches what is asked for a view, and who called
+                for node in t.call.nodes():
+                    if kinds.views(node):
+                        by_call.setdefault(common_call([node]), [])
+                by_call.setdefault(t.call, [])
             for call, places in by_call.items():
-                self._write(call, places, training)
+                self._write(call, places, training, outermost=call is t.call)
 
     def _traces(self) -> Iterator[Trace]:
         """A trace of the model, and of each part that could not be seen in it."""
@@ -104,13 +112,13 @@ class _Analyst:
                 if left is not None and left not in done and len(left._modules) and not kinds.is_candidate(left):
                     waiting += left.children() if left in t.whole else [left]
 
-    def _write(self, call, places: list[Place], training: bool) -> None:
+    def _write(self, call: Call, places: list[Place], training: bool, outermost: bool) -> None:
         module = call.module
         programs = self.found.programs.setdefault(module, {})
         if training in programs:
             return
         try:
-            programs[training] = write(call, places, self.lean)
+            programs[training] = write(call, places, self.lean, outermost)
         except CannotWriteError as error:
             name = self.names[module] or type(module).__name__
             for left in {kinds.module_of(node) for place in places for node in place.nodes()} & set(self.problems):

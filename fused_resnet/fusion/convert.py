@@ -37,10 +37,10 @@ class FusedForward:
 
     own_class: type[nn.Module]
 
-    def train(self, mode: bool = True):
+    def train(self, *args, **kwargs):
         for module in self.modules():
             unit.forget(module)
-        return super().train(mode)
+        return super().train(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         made, args, *rest = super().__reduce_ex__(protocol)
@@ -57,13 +57,12 @@ def _new(cls: type[nn.Module], *args) -> nn.Module:
 @functools.cache
 def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `cls` with a fused forward. It has the name of `cls`, by which some libraries know a model."""
-    own = cls.forward
 
-    @functools.wraps(own)
+    @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
         program = _program(self)
         tensors = None if program is None else program.arguments(args, kwargs)
-        return own(self, *args, **kwargs) if tensors is None else program.function(self, *tensors)
+        return cls.forward(self, *args, **kwargs) if tensors is None else program.function(self, *tensors)
 
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     body = {**names, "own_class": cls, "forward": forward, "taken_apart": foreign_norm(cls) == "norm+act"}
@@ -72,7 +71,8 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _program(module: nn.Module) -> Program | None:
     """The program that may run now."""
-    program = module.__dict__[STATE].programs.get(module.training)
+    state = vars(module).get(STATE)  # a module that was made by the class has none
+    program = None if state is None else state.programs.get(module.training)
     if program is None or unit.is_unfused() or unit.hooked_everywhere() or not program.holds(module):
         return None
     return program
@@ -138,10 +138,13 @@ def is_fused(model: nn.Module) -> bool:
 def _convert(model: nn.Module, found: Analysis) -> None:
     # A "norm+act" is marked as such also where it has no program: others call its norm without the activation.
     apart = {module: {} for module in model.modules() if foreign_norm(type(module)) == "norm+act"}
-    for module, programs in {**apart, **found.programs}.items():
-        if programs or module in apart:
-            vars(module)[STATE] = State(programs)
-            module.__class__ = fused_class(type(module))
+    changed = {
+        module: programs for module, programs in {**apart, **found.programs}.items() if programs or module in apart
+    }
+    classes = {module: fused_class(type(module)) for module in changed}  # what fails does so before anything is changed
+    for module, programs in changed.items():
+        vars(module)[STATE] = State(programs)
+        object.__setattr__(module, "__class__", classes[module])
     state = vars(model).setdefault(STATE, State({}))
     state.report = found.report
 

@@ -1,6 +1,9 @@
 """What a module or a function is, for those who look for things to fuse."""
 
+import dis
+import functools
 import operator
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +134,30 @@ def norm_problem(bn: nn.Module) -> str | None:
     return None
 
 
+def _own_functions(cls: type) -> list[FunctionType]:
+    """The methods of a class of modules, without those of torch's classes."""
+    classes = [c for c in cls.__mro__ if not c.__module__.startswith("torch.nn")]
+    return [f for c in classes for f in vars(c).values() if isinstance(f, FunctionType)]
+
+
+@functools.cache
+def asks_for_a_view(cls: type) -> bool:
+    """Whether a forward may ask its argument for a view, which one in channels_last cannot give."""
+    return any("view" in function.__code__.co_names for function in _own_functions(cls))
+
+
+@functools.cache
+def asks_modes_of_children(cls: type) -> bool:
+    """Whether a method reads `training` of another module than its own."""
+    for function in _own_functions(cls):
+        before = None
+        for instruction in dis.get_instructions(function):
+            if instruction.opname == "LOAD_ATTR" and instruction.argval == "training" and before.argval != "self":
+                return True
+            before = instruction
+    return False
+
+
 # --- operations of a trace --------------------------------------------------------------------------------------------
 
 
@@ -175,12 +202,19 @@ def adds_in_place(node: fx.Node) -> bool:
     return node.target in (operator.iadd, "add_")
 
 
+def views(node: fx.Node) -> bool:
+    """Whether the operation asks a tensor for a view."""
+    module = module_of(node)
+    return asks_for_a_view(type(module)) if module is not None else node.op == "call_method" and node.target == "view"
+
+
 def changed_in_place(node: fx.Node) -> list[fx.Node]:
     """The tensors whose memory the operation may write to."""
     tensors = node.all_input_nodes
     module = module_of(node)
     if module is not None:
-        known = type(module).__module__.startswith("torch.nn") or is_candidate(module)
+        known = type(module).__module__.startswith("torch.nn") or foreign_norm(type(module)) is not None
+        known = known or type(module).forward in (nn.Conv2d.forward, nn.BatchNorm2d.forward)
         return tensors[:1] if getattr(module, "inplace", False) else [] if known else tensors
     if "out" in node.kwargs:
         return [node.kwargs["out"]]

@@ -82,6 +82,8 @@ def common_call(nodes: list[fx.Node]) -> Call:
     """The innermost call in which all stand."""
     paths = [node.meta["call"].ancestors() for node in nodes]
     *_, found = (level[0] for level in zip(*paths, strict=False) if all(call is level[0] for call in level))
+    while found.passing:
+        found = found.parent
     return found
 
 

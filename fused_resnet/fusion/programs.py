@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet.fusion import kinds
-from fused_resnet.fusion.attributes import attributes
+from fused_resnet.fusion.attributes import attributes, never_changes, registered
 from fused_resnet.modules import unit
 
 Path = tuple[str, ...]
@@ -64,8 +64,8 @@ class Seen:
         if torch.compiler.is_compiling():  # which guards all that is read: `objects` would be set, and compile it again
             return attributes(module) == self.attributes
         if self.objects is not None:
-            count, objects, children = self.objects
-            if len(found) == count and tuple(module._modules) == children:
+            count, objects, names = self.objects
+            if len(found) == count and registered(module) == names:
                 for name, value in objects:
                     if found.get(name) is not value:
                         break
@@ -74,8 +74,8 @@ class Seen:
         if attributes(module) != self.attributes:
             return False
         own = [(name, value) for name, value in found.items() if name in self.attributes]
-        if not any(isinstance(value, (list, dict, set)) for _, value in own):  # which change and stay the same object
-            self.objects = len(found), own, self.attributes["children"]
+        if all(never_changes(value) for _, value in own):
+            self.objects = len(found), own, self.attributes["registered"]
         return True
 
 

@@ -90,9 +90,27 @@ def bn_act(bn: nn.Module, x: Tensor, residual: Tensor | None, act: str, into: In
 
 def add_act(x: Tensor, residual: Tensor, act: str, into: Into = None) -> Tensor:
     """Return `act(x + residual)`."""
-    if _ordinary(x) and x.shape == residual.shape and x.dtype == residual.dtype:
+    if _ordinary(x) and isinstance(residual, Tensor) and (x.shape, x.dtype) == (residual.shape, residual.dtype):
         return ops.add_act(x, residual, act=act)
     return ACT_FUNCTIONS[act](_sum(x, residual, into))
+
+
+def view(x: Tensor, *shape) -> Tensor:
+    """Return `x.view(*shape)`."""
+    return viewable(x).view(*shape)
+
+
+def viewable(x: Tensor) -> Tensor:
+    """Return x, of which a map in channels_last is copied: its network may have made it for another layout."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.is_contiguous():
+        return x
+    return x.contiguous() if x.is_contiguous(memory_format=torch.channels_last) else x
+
+
+def laid_out(y: Tensor, x: Tensor) -> Tensor:
+    """Return y, laid out in memory as x: who reads it may rely on that."""
+    maps = isinstance(y, Tensor) and isinstance(x, Tensor) and y.dim() == x.dim() == 4
+    return y.contiguous() if maps and x.is_contiguous() else y
 
 
 def _sum(y: Tensor, added: Tensor, into: Into) -> Tensor:
@@ -110,7 +128,7 @@ def _sum(y: Tensor, added: Tensor, into: Into) -> Tensor:
 
 
 def _ordinary(x: Tensor) -> bool:
-    return x.dim() == 4 and x.dtype in FLOATING
+    return isinstance(x, Tensor) and x.dim() == 4 and x.dtype in FLOATING
 
 
 def _may_add(layers: list[Layer], x: Tensor, residual: Tensor) -> bool:
@@ -119,6 +137,8 @@ def _may_add(layers: list[Layer], x: Tensor, residual: Tensor) -> bool:
 
 
 def _same(size: Sequence[int], dtype: torch.dtype, residual: Tensor) -> bool:
+    if not isinstance(residual, Tensor):  # a number, as the size of a tensor
+        return False
     if under_autocast(residual):
         dtype = torch.get_autocast_dtype(residual.device.type)
     return tuple(residual.shape) == tuple(size) and residual.dtype == dtype

@@ -1,5 +1,6 @@
 """How much memory traffic the fused places of a network save in inference."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,10 +25,15 @@ def saved_bytes(model: nn.Module, rows: Sequence[Fused], example: Any = None) ->
         if first is None:
             return None, ()
         inputs = (torch.empty(1, first.in_channels, 224, 224, device="meta", dtype=first.weight.dtype),)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
     try:
+        log.setLevel(logging.CRITICAL)  # it tells of every operator that fails, at length
         sizes = _sizes(model, {name for row in rows for name in row.modules[-1:]}, inputs)
     except Exception:  # whatever a model does on an image that is not its own
         return None, ()
+    finally:
+        log.setLevel(level)
     images = inputs[0].shape[0]
     saved = sum(2 * row.pattern.count("+") * sizes.get(row.modules[-1], 0) for row in rows if row.modules)
     return saved // images, tuple(inputs[0].shape[1:])

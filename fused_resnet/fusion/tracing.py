@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from fused_resnet.fusion.attributes import Kept, attributes
 from fused_resnet.fusion.kinds import is_leaf, returns_a_tensor
-from fused_resnet.fusion.symbols import NotAFunctionError, Symbol, as_nodes, surroundings
+from fused_resnet.fusion.symbols import ASKED, NotAFunctionError, Symbol, as_nodes, surroundings
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import foreign_norm
 
@@ -32,6 +32,7 @@ class Call:
         args, kwargs, output: nests of `fx.Node`s and constants.
         items: the operations and calls within it, in order.
         attributes: what its forward may have read of the module.
+        passing: the module was made for the call, as a slice of an `nn.Sequential` is.
     """
 
     module: nn.Module
@@ -41,6 +42,7 @@ class Call:
     output: Any = None
     items: list = field(default_factory=list)
     attributes: dict = field(default_factory=dict)
+    passing: bool = False
 
     def ancestors(self) -> "list[Call]":
         """Itself and the calls that it stands in, outermost first."""
@@ -96,19 +98,20 @@ def trace(module: nn.Module) -> Trace:
     if len(needed) not in _ROOTS:
         return Trace(None, {module: f"its forward takes {len(needed)} arguments without a default"})
     root = _ROOTS[len(needed)](module)
-    tracer = _Tracer(root)
-    with _tracing, surroundings():
+    tracer, chance = _Tracer(root), (random.getstate(), np.random.get_state())
+    with _tracing, surroundings(tracer):
         try:
             tracer.trace(root)
         except Exception as error:
             return Trace(None, {**tracer.whole, module: _reason(error)})
+        finally:
+            random.setstate(chance[0])
+            np.random.set_state(chance[1])
     return Trace(next((item for item in tracer.outermost.items if isinstance(item, Call)), None), tracer.whole)
 
 
 def _reason(error: Exception) -> str:
     text = str(error).strip().split("\n")[0]
-    if isinstance(error, fx.proxy.TraceError) and "control flow" in text:
-        return "it branches on the values or the shape of a tensor"
     return text if isinstance(error, NotAFunctionError) else f"{type(error).__name__}: {text}"[:160]
 
 
@@ -116,11 +119,27 @@ class _Tracer(fx.Tracer):
     def __init__(self, root: nn.Module):
         super().__init__()
         self.names = {id(t): name for name, t in [*root.named_parameters(), *root.named_buffers()]}
+        self.tensors = {module: _tensors(module) for module in root.modules()}
+        self.failures = 0
         self.thread = threading.get_ident()
         self.outermost = self.current = Call(root, None)
         self.whole: dict[nn.Module, str] = {}
 
+    def failed(self, reason: str) -> NotAFunctionError:
+        """The error to raise. It is counted: a forward may catch it, and go on in another way than with tensors."""
+        self.failures += 1
+        return NotAFunctionError(reason)
+
     # --- what fx calls ------------------------------------------------------------------------------------------------
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise self.failed("it branches on the values or the shape of a tensor")
+
+    def iter(self, obj: fx.Proxy) -> Iterator:
+        raise self.failed("it iterates over a tensor")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        raise self.failed("it takes a tensor for a dict")
 
     def proxy(self, node: fx.Node) -> Symbol:
         return Symbol(node, self)
@@ -148,33 +167,42 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        if _tensors(m) != self.tensors.get(m, ()):
+            raise self.failed("it runs a module with other parameters than its own")
+        if any("__call__" in vars(cls) for cls in type(m).__mro__ if cls is not nn.Module and cls is not object):
+            raise self.failed(f"{type(m).__name__} has a __call__ of its own")
         if foreign_norm(type(m)) == "norm+act" and not unit.hooked(m) and len(args) == 1 and not kwargs:
             return self._inline(m, lambda x: m.act(m.drop(self._operation(m, (x,), {}))), args, kwargs)
         if m is self.root.inner and "forward" not in vars(m):
             return self._inline(m, m.forward, args, kwargs)  # without its hooks, which are not to see symbols
         if is_leaf(m) or unit.hooked(m) or "forward" in vars(m):
             return self._operation(m, args, kwargs)
-        start = len(self.current.items)
+        start, failures = len(self.current.items), self.failures
         try:
             return self._inline(m, m.forward, args, kwargs)
         except Exception as error:
-            self.whole[m] = _reason(error)
+            self.whole[m], self.failures = _reason(error), failures
             self._take_back(start)
             return self._operation(m, args, kwargs)
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
     def _operation(self, m: nn.Module, args: tuple, kwargs: dict) -> fx.Proxy:
+        if m.training != self.root.inner.training:
+            raise self.failed("it runs a child in another mode")
         symbol = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
         symbol.node.meta["module"] = m
         symbol.known = returns_a_tensor(m)
         return symbol
 
     def _inline(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if any(name in getattr(inspect.unwrap(type(m).forward), "__globals__", ()) for name in ASKED):
+            raise NotAFunctionError("it may ask whether gradients or autocast are on")
         call = Call(m, self.current, as_nodes(args), as_nodes(kwargs), attributes=attributes(m))
+        call.passing = m not in self.tensors
         outer, self.current = self.current, call
         outer.items.append(call)
-        chance, kept = _chance(), Kept(m)
+        chance, kept, failures = _chance(), Kept(m), self.failures
         try:
             output = forward(*args, **kwargs)
         finally:
@@ -184,6 +212,8 @@ class _Tracer(fx.Tracer):
             raise NotAFunctionError("it changes its attributes")
         if _chance() != chance:
             raise NotAFunctionError("it draws random numbers")
+        if self.failures != failures:
+            raise NotAFunctionError("it catches an error, and goes on in another way than with tensors")
         call.output = as_nodes(output)
         return output
 
@@ -200,3 +230,8 @@ def _chance() -> tuple:
     """The state of the random numbers that are not PyTorch's."""
     _, state, position, *_ = np.random.get_state()
     return random.getstate(), state.tobytes(), position
+
+
+def _tensors(module: nn.Module) -> tuple[int, ...]:
+    """Which parameters and buffers a module has."""
+    return tuple([id(t) for holder in (module._parameters, module._buffers) for t in holder.values()])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from fused_resnet.fusion import kinds, run
@@ -29,18 +30,18 @@ class CannotWriteError(Exception):
     """A part of a trace that is no function of its module."""
 
 
-def write(call: Call, places: list[Place], lean: bool) -> Program:
-    """The fused forward of `call.module`, in which `places` stand.
+def write(call: Call, places: list[Place], lean: bool, outermost: bool) -> Program:
+    """The fused forward of `call.module`, in which `places` stand; `outermost`: what reads its result was not traced.
 
     Raises:
         CannotWriteError: it uses what cannot be reached from the module.
     """
-    return _Writer(call, places, lean).program()
+    return _Writer(call, places, lean, outermost).program()
 
 
 class _Writer:
-    def __init__(self, call: Call, places: list[Place], lean: bool):
-        self.call, self.lean = call, lean
+    def __init__(self, call: Call, places: list[Place], lean: bool, outermost: bool):
+        self.call, self.lean, self.outermost = call, lean, outermost
         self.ends = {place.last: place for place in places}
         self.members = {node for place in places for node in place.nodes()}
         self.opened = {outer for node in self.members for outer in node.meta["call"].ancestors()}
@@ -58,6 +59,8 @@ class _Writer:
         leaves, spec = pytree.tree_flatten((self.call.args, self.call.kwargs))
         names = []
         for leaf in leaves:
+            if leaf in self.variables:
+                raise CannotWriteError("it was called with one tensor twice")
             if isinstance(leaf, fx.Node):
                 names.append(f"x{len(names)}")
                 self.variables[leaf] = names[-1]
@@ -65,10 +68,19 @@ class _Writer:
                 raise CannotWriteError(f"an argument is a {type(leaf).__name__}")
         form = ([Leaf.TENSOR if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec)
         self._open(self.call)
-        self._line("", "return " + self._text(self.call.output))
+        self._line("", "return " + self._text(self._laid_out(self.call.output, names)))
         self._see_owners()
         source = f"def forward({', '.join(['self', *names])}):\n" + "".join(self._with_ends())
         return Program(source, self.constants, form, list(self.seen.values()))
+
+    def _laid_out(self, output: Any, names: list[str]) -> Any:
+        """The result, which nobody knows to be in channels_last, as a map that came in is laid out."""
+        if not (self.outermost and names and isinstance(output, fx.Node)):
+            return output
+        text = f"{self._constant(run.laid_out)}({self._text(output)}, {names[0]})"
+        self.reads.add(names[0])
+        self._define(output, text)
+        return output
 
     def _with_ends(self) -> list[str]:
         """The lines; a variable ends with the last line that reads it, for it may hold a large map."""
@@ -85,10 +97,14 @@ class _Writer:
     # --- operations and calls -----------------------------------------------------------------------------------------
 
     def _open(self, call: Call) -> None:
-        self._see(call.module, call.attributes)
+        if not call.passing:
+            self._see(call.module, call.attributes)
+            if kinds.asks_modes_of_children(own_class(call.module)):
+                for child in call.module.children():
+                    self._see(child, attributes(child))
         for item in call.items:
             if isinstance(item, Call):
-                if item in self.opened or not self._made_within(item):
+                if item in self.opened or item.passing or not self._made_within(item):
                     self._open(item)
                 else:
                     self._call(item)
@@ -115,7 +131,7 @@ class _Writer:
             self._unpack_each({f".{key}": item for key, item in output.fields.items()}, name)
         elif isinstance(output, (tuple, list, dict)):
             pairs = output.items() if isinstance(output, dict) else enumerate(output)
-            self._unpack_each({f"[{key!r}]": item for key, item in pairs}, name)
+            self._unpack_each({f"[{self._text(key)}]": item for key, item in pairs}, name)
 
     def _unpack_each(self, parts: dict[str, Any], name: str) -> None:
         for access, item in parts.items():
@@ -130,9 +146,14 @@ class _Writer:
             module = kinds.module_of(node)
             if foreign_norm(type(module)) == "norm+act" and node.meta["call"].module is module:
                 return f"{self._constant(run.norm)}({self._module(module)}, {arguments})"
+            if kinds.views(node):
+                arguments = ", ".join(f"{self._constant(run.viewable)}({self._text(a)})" for a in node.args)
+                arguments += "".join(f", {key}={self._text(a)}" for key, a in node.kwargs.items())
             return f"{self._module(module)}({arguments})"
         if node.op == "call_function":
             return f"{self._constant(node.target)}({arguments})"
+        if kinds.views(node):
+            return f"{self._constant(run.view)}({arguments})"
         if node.op == "call_method":
             return f"{self._text(node.args[0])}.{node.target}({self._arguments(node.args[1:], node.kwargs)})"
         return self._parameter(node)
@@ -141,6 +162,7 @@ class _Writer:
         for module, path in self.paths.items():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None and tensor is node.meta.get("tensor"):
+                    self.used.add((*path, name))
                     return f"{_dotted(path)}.{name}"
         raise CannotWriteError("a tensor is not a parameter or a buffer of it")
 
@@ -241,13 +263,14 @@ class _Writer:
             return f"{self._constant(value.kind)}({self._arguments((), value.fields)})"
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return f"{self._constant(type(value))}({', '.join(self._text(item) for item in value)})"
-        if isinstance(value, tuple):
+        if type(value) in (tuple, torch.Size):
             return f"({''.join(self._text(item) + ', ' for item in value)})"
-        if isinstance(value, list):
+        if type(value) in (list, immutable_list):
             return f"[{', '.join(self._text(item) for item in value)}]"
-        if type(value) in (dict, OrderedDict):
+        if type(value) in (dict, OrderedDict, immutable_dict):
             pairs = ", ".join(f"({self._text(key)}, {self._text(item)})" for key, item in value.items())
-            return f"{self._constant(type(value))}([{pairs}])"
+            kind = OrderedDict if type(value) is OrderedDict else dict
+            return f"{self._constant(kind)}([{pairs}])"
         return self._constant(value)
 
     def _constant(self, value: Any) -> str:
