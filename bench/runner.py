@@ -43,7 +43,8 @@ def systems(found: ModuleType, case: dict, options: Options) -> list[str]:
     """The systems of a case, peers first; fused_resnet by the automatic choice and by each backend that was named."""
     task = found.TASKS[case.get("mode")]
     names = [*options.peers, *ours(), *(f"{OURS}@{backend}" for backend in options.backends)]
-    return [name for name in names if does(name, task, options.device)]
+    model = case.get("model", "")
+    return [name for name in names if does(name, task, options.device) and find(name).takes(model)]
 
 
 def run(found: ModuleType, options: Options, record: Record, show: Callable[[str], None] = print) -> list[dict]:

@@ -23,6 +23,10 @@ class System:
         lacking = [package for module, package in self.packages.items() if importlib.util.find_spec(module) is None]
         return f"{' and '.join(lacking)} not installed (pip install {' '.join(lacking)})" if lacking else ""
 
+    def takes(self, model: str) -> bool:
+        """Whether it runs the network of that name."""
+        return True
+
     def imports(self) -> None:
         """Import what the system needs."""
         for module in self.packages:

@@ -70,9 +70,16 @@ class FusedTorchvision(Fused):
     name = "fused_resnet-fuse"
     tasks = ("network", "training")
     packages = {"torchvision": "torchvision"}
+    models = (
+        *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+        *("resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2"),
+    )
 
     def missing(self, device: str) -> str:
         return System.missing(self, device) or super().missing(device)
+
+    def takes(self, model: str) -> bool:
+        return model in self.models
 
     def imports(self) -> None:
         import_torchvision()
@@ -88,12 +95,11 @@ def _same_network(model: nn.Module) -> nn.Module:
     """torchvision's network with the parameters of `model`, without data."""
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     builders = import_torchvision().models
-    for name in fr.list_models():
-        if hasattr(builders, name):
-            with torch.device("meta"):
-                theirs = getattr(builders, name)()
-            if {key: t.shape for key, t in theirs.state_dict().items()} == shapes:
-                return theirs
+    for name in FusedTorchvision.models:
+        with torch.device("meta"):
+            theirs = getattr(builders, name)()
+        if {key: t.shape for key, t in theirs.state_dict().items()} == shapes:
+            return theirs
     raise ValueError(f"torchvision has no network like this {type(model).__name__}")
 
 
