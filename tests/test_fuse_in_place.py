@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import CHANNELS, assert_near, training_step
+from small_networks import CHANNELS, Block, assert_near, training_step
 from torch import nn
 
 import fused_resnet as fr
@@ -131,3 +131,22 @@ def test_fuse_result_of_a_sum_is_written(act):
     model = WrittenAfterSum(act).double()
     fused, x = fr.fuse(model), torch.randn(2, CHANNELS, 6, 5, dtype=torch.double)
     assert_near(training_step(fused, x), training_step(model, x))
+
+
+@torch.no_grad()
+def test_blocks_of_a_stage_write_over_each_other_unseen():
+    """In inference a block may overwrite what the one before it made: never the stage's input, nor what a hook saw."""
+    torch.manual_seed(0)
+    stage = nn.Sequential(*(Block() for _ in range(4))).eval()
+    x = torch.randn(2, CHANNELS, 9, 9).contiguous(memory_format=torch.channels_last)
+    given, expected = x.clone(), stage(x)
+    fused = fr.fuse(nn.Sequential(stage))
+    assert vars(fused[0])["_fused_resnet"].programs[False].source.count("in_turn") == 1
+    torch.testing.assert_close(fused(x), expected)
+    assert torch.equal(x, given)
+    seen = []
+    fused[0][1].register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    torch.testing.assert_close(fused(x), expected)
+    (before, after), *_ = seen
+    torch.testing.assert_close(before, stage[0](x))
+    torch.testing.assert_close(after, stage[1](stage[0](x)))

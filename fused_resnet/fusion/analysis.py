@@ -12,7 +12,7 @@ from fused_resnet.fusion.places import Finder, Place, Unit, common_call
 from fused_resnet.fusion.programs import Program
 from fused_resnet.fusion.report import Fused, FusionReport, Skipped
 from fused_resnet.fusion.tracing import Call, Trace, trace
-from fused_resnet.fusion.writing import CannotWriteError, write
+from fused_resnet.fusion.writing import CannotWriteError, write, write_in_turn
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -92,6 +92,8 @@ class _Analyst:
                 by_call.setdefault(t.call, [])
             for call, places in by_call.items():
                 self._write(call, places, training, outermost=call is t.call)
+        if not training:
+            self._stages()
 
     def _traces(self) -> Iterator[Trace]:
         """A trace of the model, and of each part that could not be seen in it."""
@@ -111,6 +113,15 @@ class _Analyst:
                 left = kinds.module_of(node)
                 if left is not None and left not in done and len(left._modules) and not kinds.is_candidate(left):
                     waiting += left.children() if left in t.whole else [left]
+
+    def _stages(self) -> None:
+        """Rows of blocks, in inference."""
+        for module in self.names:
+            programs = self.found.programs.setdefault(module, {})
+            blocks = [self.found.programs.get(block, {}).get(False) for block in module.children()]
+            alone = len(blocks) > 1 and all(program is not None and program.alone for program in blocks)
+            if type(module) is nn.Sequential and alone and not programs and "forward" not in vars(module):
+                programs[False] = write_in_turn(module)
 
     def _write(self, call: Call, places: list[Place], training: bool, outermost: bool) -> None:
         module = call.module

@@ -92,13 +92,14 @@ class Program:
         constants: what the source names.
         form: the arguments of the call that was traced: constants and `Leaf.TENSOR` in a row, and pytree's spec.
         seen: what must still hold.
+        alone: it is one block, and keeps nothing of its input and its output.
     """
 
-    def __init__(self, source: str, constants: dict[str, Any], form: tuple, seen: list[Seen]):
-        self.__setstate__((source, constants, pytree.tree_unflatten(*form), seen))
+    def __init__(self, source: str, constants: dict[str, Any], form: tuple, seen: list[Seen], alone: bool = False):
+        self.__setstate__((source, constants, pytree.tree_unflatten(*form), seen, alone))
 
     def __setstate__(self, state: tuple) -> None:
-        self.source, self.constants, form, self.seen = state
+        self.source, self.constants, form, self.seen, self.alone = state
         self.form = pytree.tree_flatten(form)
         scope = dict(self.constants)
         exec(compile(self.source, "<fused forward>", "exec"), scope)
@@ -108,7 +109,7 @@ class Program:
         self.tensors = len(leaves) if plain else None  # so many arguments, all of them tensors
 
     def __getstate__(self) -> tuple:
-        return self.source, self.constants, pytree.tree_unflatten(*self.form), self.seen  # pytree's own change
+        return self.source, self.constants, pytree.tree_unflatten(*self.form), self.seen, self.alone  # specs change
 
     def __deepcopy__(self, memo: dict) -> "Program":
         made = copy.copy(self)
@@ -117,7 +118,10 @@ class Program:
 
     def holds(self, module: nn.Module) -> bool:
         """Whether all that was seen is as it was."""
-        return all(seen.still(module) for seen in self.seen)
+        for seen in self.seen:  # noqa: SIM110 a generator takes as long again
+            if not seen.still(module):
+                return False
+        return True
 
     def arguments(self, args: tuple, kwargs: dict) -> tuple | list | None:
         """The tensors of a call that has the form of the traced one; None: it has another."""

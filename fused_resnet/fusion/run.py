@@ -2,7 +2,8 @@
 tensors allow it: sums that broadcast or change the dtype, and images without a batch, run as plain PyTorch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from fused_resnet import ops
 from fused_resnet.backends.problem import windows
-from fused_resnet.modules import unit
+from fused_resnet.fusion.attributes import STATE
+from fused_resnet.modules import blocks, unit
+from fused_resnet.modules.blocks import is_given
 from fused_resnet.modules.chain import chain
 from fused_resnet.modules.max_pool import max_pool
 from fused_resnet.modules.unit import ACT_FUNCTIONS, Layer
@@ -44,6 +47,7 @@ def block(
             add_input=add_input,
             pool=pool,
             lean=lean and _training(layers),
+            given=is_given(x),
         )
     act = layers[-1].act
     y = _each([*layers[:-1], layers[-1]._replace(act="none")], x)
@@ -53,6 +57,20 @@ def block(
         y = _sum(y, added, into)
     y = ACT_FUNCTIONS[act](y)
     return y if pool is None else max_pool(pool, y)
+
+
+def in_turn(stage: nn.Sequential, x: Tensor) -> Tensor:
+    """The blocks of a stage, each of which is one call of `block`."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return nn.Sequential.forward(stage, x)
+    return blocks.in_turn(stage, x, _alone)
+
+
+def _alone(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    state = vars(module).get(STATE)
+    program = None if state is None else state.programs.get(module.training)
+    fits = program is not None and program.alone and program.tensors == 1 and program.holds(module)
+    return partial(program.function, module) if fits else None
 
 
 def _training(layers: list[Layer]) -> bool:

@@ -39,6 +39,13 @@ def write(call: Call, places: list[Place], lean: bool, outermost: bool) -> Progr
     return _Writer(call, places, lean, outermost).program()
 
 
+def write_in_turn(stage: nn.Sequential) -> Program:
+    """The forward of blocks in a row that are each alone: one may overwrite what the one before it has returned."""
+    source = "def forward(self, x0):\n    return in_turn(self, x0)\n"
+    form = ([Leaf.TENSOR], pytree.tree_structure(((0,), {})))
+    return Program(source, {"in_turn": run.in_turn}, form, [Seen((), own_class(stage), attributes(stage))])
+
+
 class _Writer:
     def __init__(self, call: Call, places: list[Place], lean: bool, outermost: bool):
         self.call, self.lean, self.outermost = call, lean, outermost
@@ -70,8 +77,11 @@ class _Writer:
         self._open(self.call)
         self._line("", "return " + self._text(self._laid_out(self.call.output, names)))
         self._see_owners()
+        places = list(self.ends.values())
+        alone = len(self.lines) == 2 and len(places) == 1 and places[0].add is not None and places[0].units[-1:] != []
+        alone = alone and places[0].units[-1].whole and self.call.output is places[0].last
         source = f"def forward({', '.join(['self', *names])}):\n" + "".join(self._with_ends())
-        return Program(source, self.constants, form, list(self.seen.values()))
+        return Program(source, self.constants, form, list(self.seen.values()), alone)
 
     def _laid_out(self, output: Any, names: list[str]) -> Any:
         """The result, which nobody knows to be in channels_last, as a map that came in is laid out."""

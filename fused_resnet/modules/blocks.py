@@ -5,7 +5,7 @@ that child run by itself, unfused.
 """
 
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from fused_resnet.modules.chain import chain
 _given: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("fused_resnet_given", default=None)
 
 
-def _is_given(x: Tensor) -> bool:
+def is_given(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and _given.get() is x
 
 
@@ -73,7 +73,7 @@ class _ResidualBlock(unit.FusedModule):
             projection=projection,
             add_input=self.residual and branch is None,
             lean=self.lean and self.training,
-            given=_is_given(x),
+            given=is_given(x),
         )
 
     def _projection(self) -> unit.Layer | None:
@@ -189,6 +189,11 @@ class Bottleneck(_ResidualBlock):
         return [unit.Layer(conv, bn) for conv, bn in convs]
 
 
+def _ours_alone(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The block, where it keeps nothing of its input and its output."""
+    return block if type(block) in (BasicBlock, Bottleneck) and "forward" not in vars(block) else None
+
+
 def run_in_turn(stage: nn.Sequential, x: Tensor) -> Tensor:
     """Return `stage(x)`; in inference each block may overwrite what the one before it has returned.
 
@@ -199,13 +204,23 @@ def run_in_turn(stage: nn.Sequential, x: Tensor) -> Tensor:
         return stage(x)
     if unit.hooked(stage) or unit.hooked_everywhere():
         return stage(x)
+    return in_turn(stage, x, _ours_alone)
+
+
+def in_turn(
+    blocks: Iterable[nn.Module], x: Tensor, alone: Callable[[nn.Module], Callable[[Tensor], Tensor] | None]
+) -> Tensor:
+    """Run the blocks one after the other, those that are `alone` over the output of the one before, if it was too.
+
+    `alone` returns what is called for a block that keeps nothing of its input and its output, and None for others.
+    """
     before = False
-    for block in stage:
-        plain = type(block) in (BasicBlock, Bottleneck) and "forward" not in vars(block) and not unit.hooked(block)
-        token = _given.set(x if before and plain else None)
+    for block in blocks:
+        run = None if unit.hooked(block) else alone(block)
+        token = _given.set(x if before and run is not None else None)
         try:
-            x = block(x)
+            x = (block if run is None else run)(x)
         finally:
             _given.reset(token)
-        before = plain
+        before = run is not None
     return x
