@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet as fr
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SOME, FEW, MANY, REST = 110, 20, 1500, 250  # networks in each test: 150 here, 2,000 in the sweep
 COMMON = {
     "deadline": None,
@@ -30,14 +32,6 @@ COMMON = {
     "derandomize": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass

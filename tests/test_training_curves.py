@@ -11,16 +11,10 @@ from tolerances import tolerance
 import fused_resnet as fr
 from fused_resnet.modules import unit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES, SIZE = 10, 32
 LONG, HARSH, SHORT = 50, 25, 10
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batches():

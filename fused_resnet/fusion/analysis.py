@@ -1,6 +1,5 @@
 """Everything that can be fused in a network, and for everything else the reason."""
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,11 +7,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fused_resnet.fusion import kinds
+from fused_resnet.fusion.attributes import in_mode
 from fused_resnet.fusion.places import Finder, Place, Unit, common_call
 from fused_resnet.fusion.programs import Program
 from fused_resnet.fusion.report import Fused, FusionReport, Skipped
+from fused_resnet.fusion.source import CannotWriteError
 from fused_resnet.fusion.tracing import Call, Trace, trace
-from fused_resnet.fusion.writing import CannotWriteError, write, write_in_turn
+from fused_resnet.fusion.writing import write, write_in_turn
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -28,19 +29,6 @@ class Analysis:
 def analyse(model: nn.Module, filter_fn: Filter | None = None, lean: bool = False) -> Analysis:
     """Find what `fuse` would do; the model is as it was afterwards."""
     return _Analyst(model, filter_fn, lean).run()
-
-
-@contextlib.contextmanager
-def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Every module in one mode. `train()` of some modules does more than that."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.__dict__["training"] = training
-        yield
-    finally:
-        for module, mode in modes:
-            module.__dict__["training"] = mode
 
 
 class _Analyst:
@@ -68,7 +56,7 @@ class _Analyst:
 
     def run(self) -> Analysis:
         for training in (False, True):
-            with _in_mode(self.model, training):
+            with in_mode(self.model, training):
                 self._one_mode(training)
         self.found.report.fused = list(self.fused.values())
         self.found.report.skipped = list(self._skipped())

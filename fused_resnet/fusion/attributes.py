@@ -1,8 +1,10 @@
 """What a forward may read of its module besides parameters, buffers and children."""
 
+import contextlib
 import copy
 import dataclasses
 from collections import deque
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import nn
 
 STATE = "_fused_resnet"  # the attribute by which `convert` marks a module
 
+MOST_ITEMS = 64  # of a list or dict, up to which what it holds is compared
+
 # What every module has, or is given by torch.compile or FSDP2, and no forward reads.
 _GIVEN = ("_is_torch_compile", "_compiled_call_impl", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
 _INTERNAL = frozenset((*vars(nn.Module()), *_GIVEN))
@@ -18,9 +22,6 @@ _INTERNAL = frozenset((*vars(nn.Module()), *_GIVEN))
 
 def _is_internal(name: str) -> bool:
     return name in _INTERNAL or name == STATE or name.startswith("__composable_api")  # the last is FSDP2's, too
-
-
-MOST_ITEMS = 64  # of a list or dict, up to which what it holds is compared
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
@@ -75,6 +76,19 @@ def never_changes(value: Any) -> bool:
     return not holds
 
 
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Every module in one mode. `train()` of some modules does more than that."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            vars(module)["training"] = training
+        yield
+    finally:
+        for module, mode in modes:
+            vars(module)["training"] = mode
+
+
 class Kept:
     """What a module and those within it hold, to be put back: a forward leaves symbols where it assigns."""
 
@@ -112,5 +126,5 @@ class Kept:
         for module, mode in self.modes:
             if module.training is not mode:
                 changed = True
-                module.__dict__["training"] = mode
+                vars(module)["training"] = mode
         return changed

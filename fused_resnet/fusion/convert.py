@@ -18,18 +18,11 @@ from torch import fx, nn
 
 from fused_resnet.fusion.analysis import Analysis, Filter, analyse
 from fused_resnet.fusion.attributes import STATE
-from fused_resnet.fusion.programs import Program, own_class
+from fused_resnet.fusion.programs import Program, State, own_class, program_of
 from fused_resnet.fusion.report import FusionReport
 from fused_resnet.fusion.saved import saved_bytes
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import foreign_norm
-
-
-class State:
-    """What `fuse` keeps in a module: its programs by mode, and in the network itself the report."""
-
-    def __init__(self, programs: dict[bool, Program], report: FusionReport | None = None):
-        self.programs, self.report = programs, report
 
 
 class FusedForward:
@@ -71,8 +64,7 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _program(module: nn.Module) -> Program | None:
     """The program that may run now."""
-    state = vars(module).get(STATE)  # a module that was made by the class has none
-    program = None if state is None else state.programs.get(module.training)
+    program = program_of(module)
     if program is None or unit.is_unfused() or unit.hooked_everywhere() or not program.holds(module):
         return None
     return program
@@ -82,12 +74,12 @@ def fuse(model: nn.Module, *, filter_fn: Filter | None = None, inplace: bool = F
     """Make a network run by fused operators, in inference and in training.
 
     It finds convolution (+ batch norm) (+ residual) (+ activation), batch norm (+ residual) + activation, and sum +
-    activation, in any network whose forwards `torch.fx` can trace, whole or in parts. Class, signature, attributes,
-    parameters, keys and hooks stay. What is not fused is in `fusion_report(model)`, with the reason.
+    activation, in any network whose forwards `torch.fx` can trace, whole or in parts. `isinstance`, signature,
+    attributes, parameters, keys and hooks stay. What is not fused is in `fusion_report(model)`, with the reason.
 
     Args:
         filter_fn: called with every convolution and batch norm and its path; where it is false, they are left alone.
-        inplace: change `model` itself; by default a deep copy is changed. Parameters stay the same objects.
+        inplace: change `model` itself, whose parameters stay the same objects; by default a deep copy is changed.
         lean: in training keep less for the backward pass, and compute each block's last convolution again.
 
     Returns:
@@ -138,9 +130,7 @@ def is_fused(model: nn.Module) -> bool:
 def _convert(model: nn.Module, found: Analysis) -> None:
     # A "norm+act" is marked as such also where it has no program: others call its norm without the activation.
     apart = {module: {} for module in model.modules() if foreign_norm(type(module)) == "norm+act"}
-    changed = {
-        module: programs for module, programs in {**apart, **found.programs}.items() if programs or module in apart
-    }
+    changed = {**apart, **{module: programs for module, programs in found.programs.items() if programs}}
     classes = {module: fused_class(type(module)) for module in changed}  # what fails does so before anything is changed
     for module, programs in changed.items():
         vars(module)[STATE] = State(programs)

@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fused_resnet.modules import unit
 from fused_resnet.modules.batch_norm import foreign_norm
 from fused_resnet.modules.bn_act import NormAct
-from fused_resnet.modules.max_pool import MaxPool2d, pool_geometry
+from fused_resnet.modules.max_pool import pool_geometry
 
 _ACT_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}
 _ACT_FUNCTIONS = {
@@ -62,7 +62,7 @@ def is_leaf(module: nn.Module) -> bool:
     if isinstance(module, (nn.Sequential, nn.Identity)):
         return False
     torchs_own = type(module).__module__.startswith(("torch.nn", "torch.ao", "torch._dynamo"))
-    return torchs_own or isinstance(module, (_ConvNd, _BatchNorm)) or foreign_norm(type(module)) is not None
+    return torchs_own or is_candidate(module)
 
 
 def returns_a_tensor(module: nn.Module) -> bool:
@@ -226,7 +226,7 @@ def changed_in_place(node: fx.Node) -> list[fx.Node]:
 
 
 def is_fresh(node: fx.Node) -> bool:
-    """Whether the result is memory that the operation allocated, and no view of it was made."""
+    """Whether the result is memory that the operation allocated, or wrote over memory that is."""
     module = module_of(node)
     if changed_in_place(node):
         return isinstance(node.args[0], fx.Node) and is_fresh(node.args[0])
@@ -238,5 +238,4 @@ def is_fresh(node: fx.Node) -> bool:
 def is_plain_pool(node: fx.Node) -> bool:
     """Whether the operation is a max pooling that an operator can take behind batch norm."""
     pool = module_of(node)
-    plain = type(pool) in (nn.MaxPool2d, MaxPool2d) and not unit.hooked(pool) and len(node.all_input_nodes) == 1
-    return plain and pool_geometry(pool) is not None
+    return pool is not None and len(node.all_input_nodes) == 1 and pool_geometry(pool) is not None

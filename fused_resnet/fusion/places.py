@@ -38,7 +38,7 @@ class Unit(NamedTuple):
         return self.first.args[0]
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return self.conv is not None and self.norm is not None
 
     def nodes(self) -> list[fx.Node]:
@@ -74,9 +74,6 @@ class Place:
     def last(self) -> fx.Node:
         return self.pool or self.act or self.add or self.units[-1].last
 
-    def inputs(self) -> list[fx.Node]:
-        return [self.x] + ([self.residual] if self.residual is not None else [])
-
 
 def common_call(nodes: list[fx.Node]) -> Call:
     """The innermost call in which all stand."""
@@ -101,11 +98,10 @@ class Finder:
     """
 
     def __init__(self, call: Call, problem: Callable[[nn.Module], str | None]):
-        self.nodes = [node for node in call.nodes() if not node._erased]
+        self.nodes = list(call.nodes())
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.problem = problem
         self.taken: set[fx.Node] = set()
-        self.reasons: dict[nn.Module, str] = {}
         self.by_end: dict[fx.Node, Unit] = {}
 
     def places(self) -> list[Place]:
@@ -169,8 +165,8 @@ class Finder:
                 candidates.append((self._chain(unit, lambda call, w=within: w in call.ancestors()), other))
         for units, other in sorted(candidates, key=lambda c: -len(c[0])):
             branch = self.by_end.get(other)
-            projects = branch is not None and branch.whole and branch.act is None and only_user(other) is add
-            if projects and branch.x is units[0].x and units[-1].whole and other not in self.taken:
+            projects = branch is not None and branch.complete and branch.act is None and only_user(other) is add
+            if projects and branch.x is units[0].x and units[-1].complete and other not in self.taken:
                 yield Place(units, add, projection=branch, act=act)
             yield Place(units, add, residual=other, act=act)
             if len(units) > 1:
@@ -181,9 +177,9 @@ class Finder:
     def _chain(self, unit: Unit, joins: Callable[[Call], bool]) -> list[Unit]:
         """The convolutions with batch norm that lead to `unit`, as long as the call in which they stand `joins`."""
         units = [unit]
-        while unit.whole and len(units) < MOST_UNITS:
+        while unit.complete and len(units) < MOST_UNITS:
             before = self.by_end.get(unit.x)
-            if before is None or not before.whole or only_user(before.last) is None or before.last in self.taken:
+            if before is None or not before.complete or only_user(before.last) is None or before.last in self.taken:
                 break
             if not joins(common_call(before.nodes())):
                 break
@@ -200,7 +196,7 @@ class Finder:
             unit = self.by_end[end]
             own = common_call(unit.nodes())
             units = self._chain(unit, lambda call, own=own: call is own)
-            pool = self._following(end, kinds.is_plain_pool) if unit.whole and unit.act is not None else None
+            pool = self._following(end, kinds.is_plain_pool) if unit.complete and unit.act is not None else None
             for place in (Place(units, pool=pool), Place(units), Place([unit])):
                 if len(place.nodes()) > 1 and self._take(place):
                     yield place

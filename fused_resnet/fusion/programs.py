@@ -14,10 +14,24 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet.fusion import kinds
-from fused_resnet.fusion.attributes import attributes, never_changes, registered
+from fused_resnet.fusion.attributes import STATE, attributes, never_changes, registered
+from fused_resnet.fusion.report import FusionReport
 from fused_resnet.modules import unit
 
 Path = tuple[str, ...]
+
+
+class State:
+    """What `fuse` keeps in a module: its programs by mode, and in the network itself the report."""
+
+    def __init__(self, programs: "dict[bool, Program]", report: FusionReport | None = None):
+        self.programs, self.report = programs, report
+
+
+def program_of(module: nn.Module) -> "Program | None":
+    """The program of a module in its mode; a module that was only made by a fused class has none."""
+    state = vars(module).get(STATE)
+    return None if state is None else state.programs.get(module.training)
 
 
 class Leaf(Enum):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused_resnet import ops
 from fused_resnet.backends.problem import windows
-from fused_resnet.fusion.attributes import STATE
+from fused_resnet.fusion.programs import program_of
 from fused_resnet.modules import blocks, unit
 from fused_resnet.modules.blocks import is_given
 from fused_resnet.modules.chain import chain
@@ -67,8 +67,7 @@ def in_turn(stage: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def _alone(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    state = vars(module).get(STATE)
-    program = None if state is None else state.programs.get(module.training)
+    program = program_of(module)
     fits = program is not None and program.alone and program.tensors == 1 and program.holds(module)
     return partial(program.function, module) if fits else None
 

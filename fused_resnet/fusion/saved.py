@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fused_resnet.fusion.attributes import in_mode
 from fused_resnet.fusion.report import Fused
 from fused_resnet.modules import unit
 
@@ -51,15 +52,11 @@ def _sizes(model: nn.Module, names: set[str], inputs: tuple) -> dict[str, int]:
         return hook
 
     hooks = [modules[name].register_forward_hook(note(name)) for name in names]
-    modes = [(module, module.training) for module in model.modules()]
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        for module, _ in modes:
-            module.__dict__["training"] = False
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), unit.unfused():
-            model(*(_fake(mode, x, model) for x in inputs))
+        with in_mode(model, training=False), fake, torch.no_grad(), unit.unfused():
+            model(*(_fake(fake, x, model) for x in inputs))
     finally:
-        for module, training in modes:
-            module.__dict__["training"] = training
         for hook in hooks:
             hook.remove()
     return found

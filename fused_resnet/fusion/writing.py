@@ -4,30 +4,19 @@ A call of a child in which none of the places stands stays a call of that child;
 the function.
 """
 
-from collections import OrderedDict
-from enum import Enum
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from fused_resnet.fusion import kinds, run
 from fused_resnet.fusion.attributes import attributes
 from fused_resnet.fusion.places import Place, Unit
 from fused_resnet.fusion.programs import Leaf, Path, Program, Seen, own_class
+from fused_resnet.fusion.source import PLAIN, CannotWriteError, Source
 from fused_resnet.fusion.symbols import Made
 from fused_resnet.fusion.tracing import Call
 from fused_resnet.modules.batch_norm import foreign_norm
-
-_PLAIN = (type(None), bool, int, float, str, type(...))
-# What may stand in a function besides tensors, numbers, their nests, and functions.
-_CONSTANTS = (*_PLAIN, torch.dtype, torch.device, torch.layout, torch.memory_format, Enum)
-
-
-class CannotWriteError(Exception):
-    """A part of a trace that is no function of its module."""
 
 
 def write(call: Call, places: list[Place], lean: bool, outermost: bool) -> Program:
@@ -46,8 +35,9 @@ def write_in_turn(stage: nn.Sequential) -> Program:
     return Program(source, {"in_turn": run.in_turn}, form, [Seen((), own_class(stage), attributes(stage))])
 
 
-class _Writer:
+class _Writer(Source):
     def __init__(self, call: Call, places: list[Place], lean: bool, outermost: bool):
+        super().__init__()
         self.call, self.lean, self.outermost = call, lean, outermost
         self.ends = {place.last: place for place in places}
         self.members = {node for place in places for node in place.nodes()}
@@ -55,10 +45,6 @@ class _Writer:
         self.paths: dict[nn.Module, Path] = {
             module: tuple(name.split(".")) if name else () for name, module in call.module.named_modules()
         }
-        self.variables: dict[fx.Node, str] = {}
-        self.constants: dict[str, Any] = {}
-        self.lines: list[tuple[str, str, set[str]]] = []  # variable, expression, variables that it reads
-        self.reads: set[str] = set()
         self.seen: dict[Path, Seen] = {}
         self.used: set[Path] = set()
 
@@ -71,17 +57,16 @@ class _Writer:
             if isinstance(leaf, fx.Node):
                 names.append(f"x{len(names)}")
                 self.variables[leaf] = names[-1]
-            elif not isinstance(leaf, _PLAIN):
+            elif not isinstance(leaf, PLAIN):
                 raise CannotWriteError(f"an argument is a {type(leaf).__name__}")
         form = ([Leaf.TENSOR if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec)
         self._open(self.call)
         self._line("", "return " + self._text(self._laid_out(self.call.output, names)))
         self._see_owners()
-        places = list(self.ends.values())
-        alone = len(self.lines) == 2 and len(places) == 1 and places[0].add is not None and places[0].units[-1:] != []
-        alone = alone and places[0].units[-1].whole and self.call.output is places[0].last
-        source = f"def forward({', '.join(['self', *names])}):\n" + "".join(self._with_ends())
-        return Program(source, self.constants, form, list(self.seen.values()), alone)
+        place = self.ends.get(self.call.output) if isinstance(self.call.output, fx.Node) else None
+        block = place is not None and place.add is not None and bool(place.units) and place.units[-1].complete
+        alone = block and len(self.lines) == 2  # nothing before it and nothing behind
+        return Program(self._function(names), self.constants, form, list(self.seen.values()), alone)
 
     def _laid_out(self, output: Any, names: list[str]) -> Any:
         """The result, which nobody knows to be in channels_last, as a map that came in is laid out."""
@@ -91,18 +76,6 @@ class _Writer:
         self.reads.add(names[0])
         self._define(output, text)
         return output
-
-    def _with_ends(self) -> list[str]:
-        """The lines; a variable ends with the last line that reads it, for it may hold a large map."""
-        later: set[str] = set()
-        found = []
-        for variable, expression, reads in reversed(self.lines):
-            ends = sorted(reads - later)
-            later |= reads
-            given = f"{variable} = " if variable else ""
-            end = f"; {' = '.join(ends)} = None" if ends and variable else ""
-            found.append(f"    {given}{expression}{end}\n")
-        return found[::-1]
 
     # --- operations and calls -----------------------------------------------------------------------------------------
 
@@ -187,7 +160,7 @@ class _Writer:
         *_, last = place.units
         if place.add is None:
             act = "none" if last.act is None else self._act(last.act)
-        if not last.whole:
+        if not last.complete:
             function = run.bn_act if last.conv is None else run.conv_act
             module = self._unit_modules(last)[0]
             return f"{self._constant(function)}({module}, {x}, {residual}, {act!r}{_into(place)})"
@@ -246,54 +219,6 @@ class _Writer:
 
     def _module(self, module: nn.Module) -> str:
         return _dotted(self._path(module))
-
-    def _define(self, node: fx.Node, expression: str) -> None:
-        self.variables[node] = self._fresh()
-        self._line(self.variables[node], expression)
-
-    def _fresh(self) -> str:
-        return f"v{len(self.lines)}"
-
-    def _line(self, variable: str, expression: str) -> None:
-        self.lines.append((variable, expression, self.reads))
-        self.reads = set()
-
-    def _arguments(self, args: tuple, kwargs: dict) -> str:
-        return ", ".join([self._text(a) for a in args] + [f"{key}={self._text(a)}" for key, a in kwargs.items()])
-
-    def _text(self, value: Any) -> str:
-        if isinstance(value, fx.Node):
-            if value not in self.variables:
-                raise CannotWriteError("it reads what was made inside a child")
-            self.reads.add(self.variables[value])
-            return self.variables[value]
-        if isinstance(value, slice):
-            return f"slice({', '.join(self._text(part) for part in (value.start, value.stop, value.step))})"
-        if isinstance(value, Made):
-            return f"{self._constant(value.kind)}({self._arguments((), value.fields)})"
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return f"{self._constant(type(value))}({', '.join(self._text(item) for item in value)})"
-        if type(value) in (tuple, torch.Size):
-            return f"({''.join(self._text(item) + ', ' for item in value)})"
-        if type(value) in (list, immutable_list):
-            return f"[{', '.join(self._text(item) for item in value)}]"
-        if type(value) in (dict, OrderedDict, immutable_dict):
-            pairs = ", ".join(f"({self._text(key)}, {self._text(item)})" for key, item in value.items())
-            kind = OrderedDict if type(value) is OrderedDict else dict
-            return f"{self._constant(kind)}([{pairs}])"
-        return self._constant(value)
-
-    def _constant(self, value: Any) -> str:
-        if type(value) in (type(None), bool, int, str):
-            return repr(value)
-        if not (callable(value) or isinstance(value, _CONSTANTS)) or isinstance(value, nn.Module):
-            raise CannotWriteError(f"a {type(value).__name__} stands in it")
-        for name, known in self.constants.items():
-            if known is value:
-                return name
-        name = f"{getattr(value, '__name__', 'constant').strip('_<>')}_{len(self.constants)}"
-        self.constants[name if name.isidentifier() else f"constant_{len(self.constants)}"] = value
-        return next(reversed(self.constants))
 
 
 def _into(place: Place) -> str:

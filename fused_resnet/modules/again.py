@@ -38,15 +38,11 @@ def again(run: Callable[[Tensor], Tensor], x: Tensor, lean: bool, modules: Itera
 
 def _surroundings() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """What holds now, and must when a backward pass runs a block again."""
-    plain, backend = unit._unfused.get(), context_backend()
+    plain, backend = unit.is_unfused(), context_backend()
 
     @contextlib.contextmanager
     def restored():
-        token = unit._unfused.set(plain)
-        try:
-            with use_backend(backend or None):
-                yield
-        finally:
-            unit._unfused.reset(token)
+        with unit.unfused(plain), use_backend(backend or None):
+            yield
 
     return contextlib.nullcontext(), restored()

@@ -46,12 +46,13 @@ _unfused: contextvars.ContextVar[bool] = contextvars.ContextVar("fused_resnet_un
 
 
 @contextlib.contextmanager
-def unfused() -> Iterator[None]:
+def unfused(wanted: bool = True) -> Iterator[None]:
     """Run every module as plain PyTorch would: its children one by one, and aten for the sum and the activation.
 
-    This is the network that the fused one is verified against and timed beside. It holds for the current thread.
+    This is the network that the fused one is verified against and timed beside. It holds for the current thread;
+    `wanted=False` ends it within.
     """
-    token = _unfused.set(True)
+    token = _unfused.set(wanted)
     try:
         yield
     finally:
