@@ -19,6 +19,11 @@ from fused_resnet.backends.cpu import extension_missing
 from fused_resnet.models import list_models
 from fused_resnet.options import UsageError
 from fused_resnet.parity import table
+from fused_resnet.training import command as train_command
+from fused_resnet.training import eval_command, export_command
+from fused_resnet.training import options as train_options
+from fused_resnet.training.config import with_config
+from fused_resnet.training.errors import TrainingError
 
 EXAMPLES = {
     "info": "fused-resnet info --json",
@@ -26,18 +31,24 @@ EXAMPLES = {
     "predict": "fused-resnet predict photos/ --model resnet50 --weights resnet50.pth --topk 3",
     "demo": "fused-resnet demo --out demo_out",
     "tune": "fused-resnet tune --model resnet50 --batch 256 --dtype bf16",
+    "train": "fused-resnet train --data photos --model resnet18 --pretrained resnet18.pth --epochs 10 --lr 0.01",
+    "eval": "fused-resnet eval runs/resnet18-imagefolder --tencrop",
+    "export": "fused-resnet export runs/resnet18-imagefolder --output resnet18.onnx",
     "kernels": "fused-resnet kernels --arch sm_80 sm_90 --family conv1x1",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    args = build_parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv else ""
     try:
+        argv = with_config(argv)
+        args = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
         return args.run(args)
-    except UsageError as error:
-        print(f"fused-resnet {args.command}: error: {error}", file=sys.stderr)
-        return 2
+    except (UsageError, TrainingError) as error:
+        print(f"fused-resnet {command}: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone
@@ -57,6 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     tune_command.add_arguments(
         _command(commands, "tune", tune_command.run, "Measure every kernel for a network on this GPU; keep a plan.")
+    )
+    train_options.add_arguments(
+        _command(commands, "train", train_command.run, "Train a network, or go on with it; nothing is lost.")
+    )
+    eval_command.add_arguments(_command(commands, "eval", eval_command.run, "Score a trained network."))
+    export_command.add_arguments(
+        _command(commands, "export", export_command.run, "A trained network as a program, as ONNX, or its weights.")
     )
     kernels.add_arguments(
         _command(

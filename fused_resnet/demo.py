@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from fused_resnet.models import create_model
 from fused_resnet.modules.unit import unfused
 from fused_resnet.options import UsageError, calibrate
 from fused_resnet.parity import VerifyReport, table
+from fused_resnet.training.datasets import split_digits
 from fused_resnet.verify import verify
 
 GOAL = 0.95
@@ -122,20 +123,10 @@ def throughput(model: nn.Module, images: Tensor, quick: bool) -> dict[str, float
 # --- part B: digits ---------------------------------------------------------------------------------------------------
 
 
-def digits_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's 1797 digits, 8x8 enlarged to 16x16: 1347 to train with, 450 to test."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16 - 0.3
-    images = F.interpolate(images, scale_factor=2, mode="bilinear").contiguous(memory_format=torch.channels_last)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], torch.tensor(data.target)[order]
-    return images[:1347], labels[:1347], images[1347:], labels[1347:]
-
-
 def digits(outcome: Outcome, epochs: int) -> None:
     """Train `cifar_resnet20` on the digits twice from the same seed, eager and fused, an epoch of each in turn."""
     print(f"\nB. A ResNet-20 (1 input channel) on scikit-learn's digits, {epochs} epochs of each from the same seed")
-    images, labels, test_images, test_labels = digits_data()
+    (images, labels), (test_images, test_labels) = split_digits(16)
     torch.manual_seed(0)
     model = create_model("cifar_resnet20", in_channels=1, num_classes=10).to(memory_format=torch.channels_last)
     steps = epochs * -(-len(images) // 64)

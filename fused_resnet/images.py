@@ -20,6 +20,10 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 class UnreadableImage(Exception):
     """A file that is no image, or a truncated one; the message names it."""
 
+    def __init__(self, path: str | Path, reason: object):
+        self.path, self.reason = str(path), f"cannot be read: {reason}"
+        super().__init__(f"{self.path}: {self.reason}")
+
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """The files of `paths`, and those of its folders (and theirs) that are named like images, sorted.
@@ -52,7 +56,7 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # decoders of damaged files raise nearly everything
         reason = "not an image that PIL knows" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UnreadableImage(f"{path}: cannot be read: {reason}") from error
+        raise UnreadableImage(path, reason) from error
 
 
 def resize(image: Image.Image, shorter: int) -> Image.Image:

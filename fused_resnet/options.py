@@ -51,12 +51,12 @@ def build_model(args: argparse.Namespace) -> nn.Module:
 
 
 @contextlib.contextmanager
-def loading_errors(weights: str) -> Iterator[None]:
+def loading_errors(weights: str, option: str = "--weights") -> Iterator[None]:
     """What is raised while the weights are loaded is the user's to mend."""
     try:
         yield
     except Exception as error:  # of many kinds: safetensors has one of its own for a damaged file
-        raise UsageError(f"--weights {weights}: {error}") from error
+        raise UsageError(f"{option} {weights}: {error}") from error
 
 
 def chosen_backend(args: argparse.Namespace) -> use_backend:

@@ -2,14 +2,12 @@
 absence said aloud.
 """
 
-import contextlib
-import importlib.util
 import os
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
+import torchvision_operators  # noqa: F401
 
 # Without a GPU Triton's kernels run in its interpreter, which has to be asked for before Triton is imported.
 if not torch.cuda.is_available():
@@ -23,16 +21,6 @@ os.environ["FUSED_RESNET_CACHE"] = _CACHE.name
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 NO_GPU = "needs an NVIDIA GPU, and torch.cuda finds none"
-
-
-def _load_torchvision_operators() -> None:
-    """Beside a CPU-only torch, torchvision's compiled part does not load; its import registers fakes for two of its
-    operators, which are then made here. Where it loads it has them, and no operator can be defined twice.
-    """
-    found = importlib.util.find_spec("torchvision")
-    for library in Path(found.origin).parent.glob("_C*") if found else ():
-        with contextlib.suppress(OSError):
-            torch.ops.load_library(library)
 
 
 def _load_emulator() -> None:
@@ -51,11 +39,12 @@ def _load_emulator() -> None:
 
 
 _load_emulator()
-_load_torchvision_operators()
-_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _name):
-        _TORCHVISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def pytest_configure(config):
+    """Processes that share the tests share the cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +61,8 @@ def one_thread():
 
 
 def pytest_collection_modifyitems(config, items):
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)  # first, so that no process is alone with them at the end
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason=NO_GPU)

@@ -43,7 +43,9 @@ def test_multi_head_takes_other_trunks():
         models.MultiHead(on_meta(models.resnet18), {})
 
 
-@pytest.mark.parametrize("build", [models.resnet18, models.cifar_resnet20, models.preact_resnet_cifar], ids=str)
+@pytest.mark.parametrize(
+    "build", [models.resnet18, models.cifar_resnet20, models.preact_resnet_cifar], ids=lambda build: build.__name__
+)
 def test_greyscale(build):
     assert build(in_channels=1, num_classes=2)(torch.randn(2, 1, 33, 33)).shape == (2, 2)
 

@@ -24,6 +24,28 @@ TOLERANCES = {
         "the same formula in fp64, so that only the order of sums differs: 1e-16, amplified by up to 1e5 through batch "
         "norm over few values; a ReLU whose sign depends on it is as good as impossible",
     ),
+    "learning_rate": Tolerance(
+        1e-13,
+        "|rate - closed form| / largest rate of a schedule: torch makes each step's rate from the one before it, with "
+        "a rounding of 1e-16 in each of a few hundred steps",
+    ),
+    "loss_of_processes": Tolerance(
+        1e-4,
+        "|loss of several processes - loss of one| / loss over an epoch of five steps: rounding (6e-8), grown "
+        "to 4e-6 of the weights, and activations near 0 whose sign it changes",
+    ),
+    "accumulated_step": Tolerance(
+        1e-5,
+        "|difference| / |step| of a step from one batch and from its two halves: gradients in fp32 (6e-8) whose sums "
+        "are taken in another order, after a few steps",
+    ),
+    "clipped_step": Tolerance(
+        1e-3,
+        "of the length of a step that is the difference of two checkpoints in fp32: weights (6e-8) thousands of times "
+        "larger than what they moved by",
+    ),
+    "summed_loss": Tolerance(1e-6, "of a mean of a few hundred losses in fp32, each with a rounding of 6e-8"),
+    "averaged_weights": Tolerance(1e-6, "relative to each tensor's largest value: a dozen fp32 roundings of 6e-8"),
     "two_times": Tolerance(
         2.0,
         "the two-times rule: an error, against fp64 truth, of at most twice the one that PyTorch itself makes in the "

@@ -124,7 +124,7 @@ def _downloaded(url: str, digest: str, what: str, progress: bool) -> Path:
     way_out = f"download {url} yourself and give its path, or add its digest: '...@sha256:<64 digits>'"
     if file.is_file():
         way_out = (
-            f"{file} is there already and has {_digest(file)}: give its path, or that digest as '...@sha256:<64 "
+            f"{file} is there already and has {sha256_of(file)}: give its path, or that digest as '...@sha256:<64 "
             "digits>', if you trust it"
         )
     raise ValueError(
@@ -209,7 +209,8 @@ def _file_name(url: str) -> str:
     return name
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -218,7 +219,7 @@ def _digest(path: Path) -> str:
 
 
 def _check_digest(path: Path, expected: str, source: str = "") -> None:
-    found = _digest(path)
+    found = sha256_of(path)
     if found == expected.lower():
         return
     kept = "nothing was kept" if source else "it is not loaded; delete it to have it fetched again"
@@ -244,13 +245,10 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
         return _unwrapped(load_file(path))
     try:
-        # torchvision's training script keeps its arguments, a plain record, in every checkpoint.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        found = load_plain(path)
     except pickle.UnpicklingError as error:
         raise pickle.UnpicklingError(
-            f"{path} is damaged, or holds Python objects other than tensors, which could run code when loaded; it is "
-            "not loaded. Ask for a .safetensors file, or for one written with torch.save(model.state_dict(), ...)"
+            f"{error}. Ask for a .safetensors file, or for one written with torch.save(model.state_dict(), ...)"
         ) from error
     for key in NESTED_UNDER:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
@@ -258,6 +256,23 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path} holds no state dict, neither as a whole nor under {' or '.join(NESTED_UNDER)}")
     return _unwrapped(found)
+
+
+def load_plain(path: Path) -> Any:
+    """What torch.save wrote, on the CPU, if that is tensors and plain containers.
+
+    Raises:
+        pickle.UnpicklingError: it is more than that; nothing of it is run.
+    """
+    try:
+        # torchvision's training script keeps its arguments, a plain record, in every checkpoint.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(
+            f"{path} is damaged, or holds Python objects other than tensors, which could run code when loaded; it is "
+            "not loaded"
+        ) from error
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -293,15 +308,15 @@ def check_state_dict(model: nn.Module, state: Mapping[str, Tensor], source: Any 
 
 
 def _way_out(model: nn.Module, state: Mapping[str, Tensor], mismatched: list[str]) -> str:
-    heads = [key for key in mismatched if state[key].dim() <= 2 and key.rpartition(".")[0] == _last_linear(model)]
+    heads = [key for key in mismatched if state[key].dim() <= 2 and key.rpartition(".")[0] == last_linear(model)]
     first = next((key for key in mismatched if state[key].dim() == 4), None)
     if mismatched == heads:
         classes = state[heads[0]].shape[0]
-        return f"build the model with num_classes={classes}, load, and then replace its layer {_last_linear(model)}"
+        return f"build the model with num_classes={classes}, load, and then replace its layer {last_linear(model)}"
     if mismatched == [first]:
         return f"build the model with in_channels={state[first].shape[1]}"
     return "these are the weights of a network of other widths"
 
 
-def _last_linear(model: nn.Module) -> str:
+def last_linear(model: nn.Module) -> str:
     return next((name for name, m in reversed(list(model.named_modules())) if isinstance(m, nn.Linear)), "")

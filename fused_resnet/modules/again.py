@@ -29,11 +29,15 @@ def again(run: Callable[[Tensor], Tensor], x: Tensor, lean: bool, modules: Itera
     lean = lean and _repeatable(modules)
     if not (lean and torch.is_grad_enabled()):
         return run(x)
-    if torch.compiler.is_compiling():
-        return checkpoint(run, x, use_reentrant=False)
-    if ops.transformed():  # of which checkpoints know nothing
+    if ops.transformed() and not torch.compiler.is_compiling():  # of which checkpoints know nothing
         return run(x)
-    return checkpoint(run, x, use_reentrant=False, context_fn=_surroundings)
+    return checkpointed(run, x)
+
+
+def checkpointed(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`run(x)`, run again in the backward pass with what holds now."""
+    around = {} if torch.compiler.is_compiling() else {"context_fn": _surroundings}
+    return checkpoint(run, x, use_reentrant=False, **around)
 
 
 def _surroundings() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
