@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import os
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -126,7 +125,6 @@ def cifar10(args: argparse.Namespace) -> Data:
 # --- in memory --------------------------------------------------------------------------------------------------------
 
 
-@cache
 def split_digits(size: int) -> list[tuple[Tensor, Tensor]]:
     """scikit-learn's 1,797 digits of 8x8 pixels, enlarged to `size`, less 0.3, in a fixed order, with their classes.
 
