@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fused_resnet.files import write_atomically
-from fused_resnet.images import preprocess
+from fused_resnet.images import Preprocessing
 from fused_resnet.models import create_model
 from fused_resnet.modules.unit import unfused
 from fused_resnet.options import UsageError, calibrate
@@ -82,7 +82,8 @@ def photographs(quick: bool) -> Outcome:
     print("A. ResNet-50 on two photographs (scikit-learn's china.jpg and flower.jpg)")
     print("   Its weights are random (seed 0), as no trained ones ship with this; running statistics from 3 passes.")
     torch.manual_seed(0)
-    images = torch.stack([preprocess(Image.fromarray(photo), size) for photo in load_sample_images().images])
+    crop = Preprocessing(size).crop
+    images = torch.stack([crop(Image.fromarray(photo)) for photo in load_sample_images().images])
     images = images.contiguous(memory_format=torch.channels_last)
     model = create_model("resnet50").to(memory_format=torch.channels_last)
     calibrate(model, torch.cat([images, images.flip(-1), images.flip(-2)]))

@@ -4,7 +4,8 @@ Shorter side to 256 (bilinear, antialiased), central crop of 224, the ImageNet m
 rotation in the EXIF data is not applied.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -69,27 +70,49 @@ def resize(image: Image.Image, shorter: int) -> Image.Image:
     return image if size == (width, height) else image.resize(size, Image.Resampling.BILINEAR)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """[3, H, W] in fp32, normalised with the ImageNet mean and standard deviation."""
+def to_tensor(image: Image.Image, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """[3, H, W] in fp32, from pixels of 0 to 1 less `mean` and divided by `std`."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
-    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def preprocess(image: Image.Image, size: int = 224) -> Tensor:
-    """The central crop of `size` pixels, [3, size, size], after the shorter side was brought to size * 256 / 224."""
-    image = resize(image, size * 256 // 224)
-    left, top = (round((side - size) / 2.0) for side in image.size)
-    return to_tensor(image.crop((left, top, left + size, top + size)))
+@dataclass(frozen=True)
+class Preprocessing:
+    """Image to tensor: the shorter side to `shorter` pixels, crops of `size`, less `mean` and divided by `std`.
 
-
-def ten_crop(image: Image.Image, size: int = 224) -> Tensor:
-    """Four corners and the centre, of the image and of its mirror image, [10, 3, size, size].
-
-    Krizhevsky et al. 2012, section 4.1.
+    Args:
+        shorter: size * 256 / 224 by default.
     """
-    image = resize(image, size * 256 // 224)
-    width, height = image.size
-    middle = (round((width - size) / 2.0), round((height - size) / 2.0))
-    corners = [(0, 0), (width - size, 0), (0, height - size), (width - size, height - size), middle]
-    both = (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-    return torch.stack([to_tensor(view.crop((x, y, x + size, y + size))) for view in both for x, y in corners])
+
+    size: int = 224
+    shorter: int | None = None
+    mean: Sequence[float] = MEAN
+    std: Sequence[float] = STD
+
+    def crop(self, image: Image.Image) -> Tensor:
+        """The central crop, [3, size, size]."""
+        image = self._resized(image)
+        return self._tensor(image, *self._middle(image))
+
+    def ten_crops(self, image: Image.Image) -> Tensor:
+        """Four corners and the centre, of the image and of its mirror image, [10, 3, size, size].
+
+        Krizhevsky et al. 2012, section 4.1.
+        """
+        image = self._resized(image)
+        right, bottom = (side - self.size for side in image.size)
+        corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), self._middle(image)]
+        both = (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        return torch.stack([self._tensor(view, x, y) for view in both for x, y in corners])
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        return resize(image, self.size * 256 // 224 if self.shorter is None else self.shorter)
+
+    def _middle(self, image: Image.Image) -> tuple[int, int]:
+        return tuple(round((side - self.size) / 2.0) for side in image.size)
+
+    def _tensor(self, image: Image.Image, x: int, y: int) -> Tensor:
+        return to_tensor(image.crop((x, y, x + self.size, y + self.size)), self.mean, self.std)
+
+
+IMAGENET = Preprocessing()  # of torchvision's networks

@@ -17,12 +17,16 @@ class UsageError(Exception):
     """What the user asked for cannot be done; the message says why."""
 
 
+MODEL = "resnet50"
+WEIGHTS = "a .pth or .safetensors file, or a name that torchvision knows"
+
+
 def add_model_options(
-    parser: argparse.ArgumentParser, *, backend: bool = True, model: str = "a network's name"
+    parser: argparse.ArgumentParser, *, backend: bool = True, model: str = "a network's name", weights: str = WEIGHTS
 ) -> None:
-    """Options that say which network runs, and how; `model`: what may be named."""
-    parser.add_argument("--model", default="resnet50", help=f"{model} (default: resnet50)")
-    parser.add_argument("--weights", help="a .pth or .safetensors file, or a name that torchvision knows")
+    """Options that say which network runs, and how; `model`, `weights`: what may be named."""
+    parser.add_argument("--model", default=MODEL, help=f"{model} (default: {MODEL})")
+    parser.add_argument("--weights", help=weights)
     parser.add_argument("--num-classes", type=positive, help="classes, where they are not the model's own")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     if backend:

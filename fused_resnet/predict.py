@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fused_resnet.files import write_atomically
-from fused_resnet.images import UnreadableImage, find_images, preprocess, read_image, ten_crop
+from fused_resnet.images import IMAGENET, Preprocessing, UnreadableImage, find_images, read_image
 from fused_resnet.options import (
     DTYPES,
+    MODEL,
+    WEIGHTS,
     UsageError,
     add_model_options,
     build_model,
@@ -24,6 +26,7 @@ from fused_resnet.options import (
     positive,
 )
 from fused_resnet.parity import table
+from fused_resnet.training.trained import is_trained, load_trained
 
 
 @dataclass
@@ -52,7 +55,7 @@ def predict(
     topk: int = 5,
     tencrop: bool = False,
     batch_size: int = 16,
-    size: int = 224,
+    preprocessing: Preprocessing = IMAGENET,
     labels: Sequence[str] | None = None,
     errors: list[str] | None = None,
 ) -> Iterator[Prediction]:
@@ -61,6 +64,7 @@ def predict(
     Args:
         model: in eval mode; images are cast to its dtype and device.
         tencrop: average the probabilities of ten crops.
+        preprocessing: what makes a tensor of an image.
         labels: names of the classes; by default their indices.
         errors: takes the messages of files that cannot be read, which are passed over; None: they raise.
 
@@ -80,7 +84,7 @@ def predict(
                 errors.append(str(error))
                 continue
             names.append(str(path))
-            views.append(ten_crop(image, size) if tencrop else preprocess(image, size)[None])
+            views.append(preprocessing.ten_crops(image) if tencrop else preprocessing.crop(image)[None])
         if not names:
             continue
         found = probabilities(model, torch.stack(views).to(like))
@@ -132,26 +136,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " A file that cannot be read is named on stderr and passed over; where none can be read, the exit code is 2."
     )
     parser.add_argument("paths", nargs="+", metavar="path", help="an image, or a folder of images")
-    add_model_options(parser)
+    add_model_options(parser, weights=f"{WEIGHTS}, or a run's folder or checkpoint")
+    parser.set_defaults(model=None)  # a run knows its own
     parser.add_argument("--topk", type=positive, default=5, help="classes shown of each image (default: 5)")
     parser.add_argument("--tencrop", action="store_true", help="average ten crops of each image")
     parser.add_argument("--batch-size", type=positive, default=16)
-    parser.add_argument("--size", type=positive, default=224, help="height and width of the crop (default: 224)")
+    parser.add_argument("--size", type=positive, help="height and width of the crop (default: 224, or the run's)")
     parser.add_argument("--labels", help="a file with the name of one class a line")
     parser.add_argument("--csv", action="store_true", help="CSV instead of a table")
     parser.add_argument("--output", help="write there, whole or not at all, instead of to stdout")
 
 
-def _labels(args: argparse.Namespace, model: nn.Module) -> list[str] | None:
-    if args.labels:
-        try:
-            with open(args.labels, encoding="utf-8") as file:
-                return file.read().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--labels {args.labels}: {error}") from error
+@dataclass
+class _Network:
+    """A network, the names of its classes, and what makes tensors of images for it."""
+
+    name: str
+    model: nn.Module
+    labels: list[str] | None
+    preprocessing: Preprocessing
+
+
+def _network(args: argparse.Namespace) -> _Network:
+    """What the options name: a network and its weights, or the best network of a run."""
+    if args.weights is not None and is_trained(args.weights):
+        return _of_run(args)
+    args.model = args.model or MODEL
+    model = build_model(args)
     heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
     thousand = bool(heads) and heads[-1].out_features == 1000
-    return imagenet_labels() if args.weights and thousand else None
+    labels = imagenet_labels() if args.weights and thousand else None
+    return _Network(args.model, model, labels, Preprocessing(args.size or 224))
+
+
+def _of_run(args: argparse.Namespace) -> _Network:
+    model, about = load_trained(args.weights)
+    if args.model not in (None, about["model"]):
+        raise UsageError(f"--model {args.model}: {args.weights} holds a {about['model']}")
+    if args.num_classes not in (None, len(about["classes"])):
+        raise UsageError(f"--num-classes {args.num_classes}: {args.weights} has {len(about['classes'])} classes")
+    channels = about["model_options"]["in_channels"]
+    if channels != 3:
+        raise UsageError(
+            f"--weights {args.weights}: a network of --dataset {about['dataset']}, which takes images of {channels} "
+            "channel, not photographs; `fused-resnet eval` scores it"
+        )
+    # Those of other data sets are not cut.
+    shorter = about["val_resize"] if about["dataset"] == "imagefolder" else about["val_size"]
+    how = {"mean": about["mean"], "std": about["std"]}
+    if args.size is None:
+        made = Preprocessing(about["val_size"], shorter, **how)
+    else:
+        made = Preprocessing(args.size, args.size * shorter // about["val_size"], **how)
+    return _Network(about["model"], model, about["classes"], made)
+
+
+def _labels(args: argparse.Namespace, known: list[str] | None) -> list[str] | None:
+    if not args.labels:
+        return known
+    try:
+        with open(args.labels, encoding="utf-8") as file:
+            return file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--labels {args.labels}: {error}") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,15 +210,17 @@ def run(args: argparse.Namespace) -> int:
     except FileNotFoundError as error:
         raise UsageError(str(error)) from error
     with chosen_backend(args):
-        model = build_model(args).to(DTYPES[args.dtype]).eval()
+        network = _network(args)
+        model = network.model.to(DTYPES[args.dtype]).eval()
         if args.weights is None:
             print("WARNING: no --weights: the weights are RANDOM, and so are these predictions", file=sys.stderr)
         errors: list[str] = []
-        options = {"topk": args.topk, "tencrop": args.tencrop, "batch_size": args.batch_size, "size": args.size}
+        options = {"topk": args.topk, "tencrop": args.tencrop, "batch_size": args.batch_size}
+        how = {"preprocessing": network.preprocessing, "labels": _labels(args, network.labels)}
         try:
             found = list(
                 tqdm(
-                    predict(model, files, **options, labels=_labels(args, model), errors=errors),
+                    predict(model, files, **options, **how, errors=errors),
                     total=len(files),
                     desc="predict",
                     unit="image",
@@ -184,13 +233,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"fused-resnet predict: {message}", file=sys.stderr)
     if not found:
         raise UsageError("no image could be read")
-    _write(args, found, errors)
+    _write(args, network.name, found, errors)
     return 0
 
 
-def _write(args: argparse.Namespace, found: list, errors: list[str]) -> None:
+def _write(args: argparse.Namespace, name: str, found: list, errors: list[str]) -> None:
     if args.json:
-        text = as_json(found, errors, {"model": args.model, "weights": args.weights or "random"})
+        text = as_json(found, errors, {"model": name, "weights": args.weights or "random"})
     else:
         text = as_csv(found) if args.csv else as_table(found)
     if not args.output:

@@ -15,9 +15,10 @@ from torch import nn
 
 import fused_resnet as fr
 from fused_resnet.files import write_atomically
-from fused_resnet.images import UnreadableImage, find_images, preprocess, read_image, ten_crop
+from fused_resnet.images import Preprocessing, UnreadableImage, find_images, read_image
 from fused_resnet.predict import Prediction, as_csv, as_json, as_table, predict, probabilities
 
+SMALL = Preprocessing(32)
 SIZES = [(300, 200), (200, 301), (64, 64), (257, 640), (255, 254)]
 
 
@@ -55,7 +56,7 @@ def test_preprocess_equals_torchvision(size):
             transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
-    assert torch.equal(preprocess(image), theirs(image))
+    assert torch.equal(Preprocessing().crop(image), theirs(image))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -65,17 +66,17 @@ def test_ten_crop_equals_torchvision(size):
     crops = transforms.TenCrop(224)(transforms.Resize(256)(image))
     theirs = torch.stack([transforms.functional.to_tensor(crop) for crop in crops])
     theirs = transforms.functional.normalize(theirs, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert torch.equal(ten_crop(image), theirs)
+    assert torch.equal(Preprocessing().ten_crops(image), theirs)
 
 
 def test_tencrop_averages_the_softmax_of_ten_crops(folder, model):
     net = model
-    crops = ten_crop(photo(), 32)
+    crops = SMALL.ten_crops(photo())
     assert crops.shape == (10, 3, 32, 32)
     with torch.no_grad():
         expected = torch.stack([net(crop[None]).softmax(-1)[0] for crop in crops]).mean(0)
     torch.testing.assert_close(probabilities(net, crops[None])[0], expected)
-    (found,) = predict(net, [folder / "0.png"], tencrop=True, size=32, topk=7)
+    (found,) = predict(net, [folder / "0.png"], tencrop=True, preprocessing=SMALL, topk=7)
     assert [i for i, _, _ in found.classes] == expected.argsort(descending=True).tolist()
     assert sum(p for _, _, p in found.classes) == pytest.approx(1.0, abs=tolerance("probabilities"))
 
@@ -83,7 +84,7 @@ def test_tencrop_averages_the_softmax_of_ten_crops(folder, model):
 def test_predict_does_not_depend_on_the_batch_size(folder, model):
     files = find_images([folder])
     assert [f.name for f in files] == ["0.png", "1.png", "2.png"]
-    one, all_at_once = (list(predict(model, files, size=32, batch_size=n)) for n in (1, 16))
+    one, all_at_once = (list(predict(model, files, preprocessing=SMALL, batch_size=n)) for n in (1, 16))
     assert [p.path for p in one] == [str(f) for f in files]
     for a, b in zip(one, all_at_once, strict=True):
         assert [i for i, _, _ in a.classes] == [i for i, _, _ in b.classes]
@@ -94,7 +95,7 @@ def test_predict_does_not_depend_on_the_batch_size(folder, model):
 def test_predict_takes_grey_palette_and_transparent_images(tmp_path, model):
     for mode in ("L", "P", "RGBA", "1"):
         photo((40, 40)).convert(mode).save(tmp_path / f"{mode}.png")
-    assert len(list(predict(model, find_images([tmp_path]), size=32))) == 4
+    assert len(list(predict(model, find_images([tmp_path]), preprocessing=SMALL))) == 4
 
 
 def test_predict_passes_over_what_cannot_be_read_and_names_it(folder, model):
@@ -102,7 +103,7 @@ def test_predict_passes_over_what_cannot_be_read_and_names_it(folder, model):
     (folder / "1.png").write_bytes(whole[: len(whole) // 2])
     (folder / "2.png").write_text("this is no image")
     errors = []
-    found = list(predict(model, find_images([folder]), size=32, errors=errors))
+    found = list(predict(model, find_images([folder]), preprocessing=SMALL, errors=errors))
     assert [p.path for p in found] == [str(folder / "0.png")]
     assert len(errors) == 2
     assert "1.png: cannot be read: " in errors[0]
@@ -121,7 +122,7 @@ def test_find_images_says_what_is_missing(tmp_path):
 
 def test_predict_refuses_too_few_labels(folder, model):
     with pytest.raises(ValueError, match="2 labels for a model of 7 classes"):
-        list(predict(model, find_images([folder]), size=32, labels=["a", "b"]))
+        list(predict(model, find_images([folder]), preprocessing=SMALL, labels=["a", "b"]))
 
 
 def test_outputs_say_the_same():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from train_runs import Run, assert_same_state, final, train, wait_for_checkpoint
+from train_runs import SMALL, Run, assert_same_state, final, on_terminal, started, train, wait_for_checkpoint
 
 from fused_resnet.training.checkpoint import Checkpoints
 
@@ -136,3 +136,21 @@ def test_one_run_in_a_folder(tmp_path):
     while "going on after step" not in again.said():
         time.sleep(0.02)
     again.kill()
+
+
+def test_a_terminal_that_goes(tmp_path):
+    """Nothing can be said any more, but everything is saved."""
+    folder = tmp_path / "run"
+    window, terminal = os.openpty()
+    argv = ["train", *SMALL, "--batch-size", "8", "--epochs", "50", "--output", str(folder)]
+    run = started(on_terminal, argv, os.ttyname(terminal))
+    said = b""
+    while b"loss" not in said:
+        said += os.read(window, 4096)
+    os.close(terminal)
+    os.close(window)
+    run.join(60)
+    assert run.exitcode == 128 + signal.SIGHUP
+    found = final(folder)
+    assert found["epoch"] == 0
+    assert found["step"] > 0

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -46,15 +46,30 @@ def command(argv: list[str], output: str, environment: dict[str, str]) -> None:
     sys.exit(cli.main(argv))
 
 
+def on_terminal(argv: list[str], terminal: str) -> None:
+    """The command line in this process, as a shell starts it on the terminal of that name."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
+    os.setsid()
+    opened = os.open(terminal, os.O_RDWR)  # which makes it the session's own
+    for number in range(3):
+        os.dup2(opened, number)
+    sys.exit(cli.main(argv))
+
+
+def started(target: Callable[..., None], *args) -> multiprocessing.Process:
+    """A process that calls `target`."""
+    _start_server()
+    process = _FORKS.Process(target=target, args=args)
+    process.start()
+    return process
+
+
 class Run:
     """A started command."""
 
     def __init__(self, *argv, output: Path, environment: dict[str, str] | None = None):
-        _start_server()
         self.output = output
-        given = [str(a) for a in argv], str(output), environment or {}
-        self.process = _FORKS.Process(target=command, args=given)
-        self.process.start()
+        self.process = started(command, [str(a) for a in argv], str(output), environment or {})
 
     def wait(self, seconds: float = 300) -> int:
         """The exit code; minus the signal that killed it."""

@@ -80,8 +80,7 @@ def _train(args: argparse.Namespace, processes: Processes, interruption: Interru
         except Stopped as stop:
             log.close()
             name = signal.Signals(stop.number).name
-            if processes.first:
-                print(f"{name}: saved step {training.step} in {folder}; --resume {folder} goes on", file=sys.stderr)
+            log.say(f"{name}: saved step {training.step} in {folder}; --resume {folder} goes on")
             return 128 + stop.number
         if processes.first:
             _finish(args, prepared.data, log, training)

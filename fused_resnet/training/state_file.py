@@ -179,7 +179,7 @@ def read(path: str | Path) -> dict:
         if not isinstance(error, pickle.UnpicklingError) and not zipfile.is_zipfile(path):
             first = "it is not a file that torch.save writes, or a part of one"
         raise UsageError(first if str(path) in first else f"{path} cannot be read: {first}") from error
-    if not isinstance(state, dict) or not {"format", "model", "about"} <= state.keys():
+    if not is_state(state):
         raise UsageError(
             f"{path} is no checkpoint of fused-resnet train; weights alone, as in a plain state dict, are taken by "
             "train --pretrained, predict --weights and verify --weights"
@@ -190,3 +190,8 @@ def read(path: str | Path) -> dict:
             f"{state.get('fused_resnet', '(unknown)')}; this one reads format {FORMAT}"
         )
     return state
+
+
+def is_state(found: Any) -> bool:
+    """Whether a file's contents are a checkpoint's, of whatever format."""
+    return isinstance(found, dict) and {"format", "model", "about"} <= found.keys()

@@ -5,10 +5,10 @@ from pathlib import Path
 from torch import nn
 
 from fused_resnet.models import create_model
-from fused_resnet.models.weights import check_state_dict
+from fused_resnet.models.weights import check_state_dict, load_plain
 from fused_resnet.options import UsageError
 from fused_resnet.training.checkpoint import Checkpoints
-from fused_resnet.training.state_file import read
+from fused_resnet.training.state_file import is_state, read
 
 BEST = "best.pth"
 
@@ -40,6 +40,17 @@ def load_trained(path: str | Path, ema: bool = True) -> tuple[nn.Module, dict]:
         raise UsageError(f"the network of {path} cannot be built: {error}") from error
     source = {"path": str(path), "step": state.get("step"), "epoch": state.get("epoch"), "ema": averaged}
     return model.eval(), {**about, "source": source}
+
+
+def is_trained(path: str | Path) -> bool:
+    """Whether `path` is a folder, or a checkpoint that tells of its run: what `load_trained` is for."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        return path.is_dir()
+    try:
+        return is_state(load_plain(path))
+    except Exception:  # whatever is wrong with it is said where its weights are loaded
+        return False
 
 
 def _of_folder(folder: Path, ema: bool) -> tuple[dict, Path]:
