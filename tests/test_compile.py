@@ -1,6 +1,9 @@
 """The modules and operators under torch.compile, torch.export, autocast and torch.func."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from problems import LAYOUTS, poisoned
 from torch import nn
 
 import fused_resnet as fr
+from fused_resnet.modules import unit
 from fused_resnet.ops import add_act, bn_act, conv_scale_act
 
 poison = pytest.fixture(autouse=True)(poisoned)
@@ -158,3 +162,36 @@ def test_autocast_compiled():
         z = compiled(module)(x)
     assert z.dtype == y.dtype == torch.bfloat16
     assert torch.equal(z, y)
+
+
+# --- torch.compile is not paid for where it is not used ---------------------------------------------------------------
+
+WITHOUT = """
+import sys
+
+sys.path[:0] = {path!r},
+import torch
+from torch import nn
+import fused_resnet as fr
+
+torch.set_num_threads(1)
+network = fr.create_model("cifar_resnet20")
+network(torch.randn(2, 3, 8, 8)).sum().backward()
+fused = fr.fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval())
+with torch.inference_mode():
+    network.eval()(torch.randn(2, 3, 8, 8))
+    fused(torch.randn(2, 3, 8, 8))
+found = [name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules]
+assert not found, found
+"""
+
+
+def test_torch_compile_is_not_imported():
+    """It takes longer than torch and this package together."""
+    code = WITHOUT.format(path=str(Path(fr.__file__).parents[1]))
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    assert vars(unit.is_unfused) == vars(torch.compiler.assume_constant_result(lambda: False)) != {}

@@ -9,6 +9,7 @@ import copy
 import copyreg
 import dataclasses
 import functools
+import sys
 import types
 import warnings
 from typing import Any
@@ -116,7 +117,8 @@ def _check(model: Any) -> None:
     if isinstance(model, type) or not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"fuse: expected a torch.nn.Module, got {kind}")
-    if isinstance(model, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
+    dynamo = sys.modules.get("torch._dynamo")  # seconds to import, and without it nothing is compiled
+    if isinstance(model, torch.jit.ScriptModule) or (dynamo and isinstance(model, dynamo.OptimizedModule)):
         raise TypeError("fuse: the model is scripted, traced or compiled; fuse the original, then compile that")
     if isinstance(model, fx.GraphModule):
         raise TypeError("fuse: the model is an fx.GraphModule; fuse the model that it was traced from")

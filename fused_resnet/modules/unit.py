@@ -59,7 +59,6 @@ def unfused(wanted: bool = True) -> Iterator[None]:
         _unfused.reset(token)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace a context variable
 def is_unfused() -> bool:
     """Whether modules run as plain PyTorch: it was asked for, or what follows them knows no other operators, as
     torch.func, forward-mode derivatives, TorchScript and ONNX do not.
@@ -67,6 +66,11 @@ def is_unfused() -> bool:
     if _unfused.get() or ops.transformed() or torch._C._get_tracing_state() is not None:
         return True
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()  # the last costs more than all the others
+
+
+# torch.compile cannot trace a context variable. It is what torch.compiler.assume_constant_result does, without the two
+# seconds in which that imports all of torch._dynamo.
+is_unfused._dynamo_marked_constant = True
 
 
 def forget(module: nn.Module) -> None:
