@@ -64,6 +64,13 @@ def test_runs_as_a_module():
     assert done.stdout == f"fused_resnet {fr.__version__}\n"
 
 
+def test_starting_imports_nothing_slow_that_it_may_not_need():
+    slow = ("torch._dynamo", "torch.distributed.tensor", "torchvision", "sklearn", "matplotlib", "onnx")
+    code = f"import sys, fused_resnet.cli; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_info_names_versions_and_backends(capsys):
     assert run("info", "--json") == 0
     found = json.loads(capsys.readouterr().out)

@@ -5,7 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, which FSDP alone makes; not by its class, which takes a second to import."""
+    return hasattr(tensor, "full_tensor")
 
 
 def whole(tree: Any) -> Any:
@@ -14,7 +18,7 @@ def whole(tree: Any) -> Any:
     All processes must ask for it, as each has a part.
     """
     if isinstance(tree, Tensor):
-        tensor = tree.full_tensor() if isinstance(tree, DTensor) else tree
+        tensor = tree.full_tensor() if is_divided(tree) else tree
         return tensor.detach().cpu()
     if isinstance(tree, Mapping):
         return {key: whole(value) for key, value in tree.items()}
@@ -25,13 +29,15 @@ def whole(tree: Any) -> Any:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_divided(tensor) else tensor
 
 
 def _divided(value: Tensor, like: Tensor) -> Tensor:
     """`value` divided as `like` is, each process taking its part of what all have."""
-    if not isinstance(like, DTensor):
+    if not is_divided(like):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
