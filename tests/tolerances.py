@@ -148,8 +148,12 @@ def assert_two_times(
     what: str = "output",
     floor: str = "floor_ulps",
     dtype: torch.dtype | None = None,
+    size: float = 0.0,
 ) -> None:
-    """max|out - truth| <= 2 * max|eager - truth| + a few ulps of `dtype`, the computation's (None: of `eager`)."""
+    """max|out - truth| <= 2 * max|eager - truth| + a few ulps of `dtype`, the computation's (None: of `eager`).
+
+    The ulps are those of the largest value, or of `size` where that is larger.
+    """
     assert truth.dtype == torch.float64, f"{what}: the truth must be fp64"
     assert out.shape == truth.shape == eager.shape, f"{what}: {out.shape}, {eager.shape}, {truth.shape}"
     assert out.dtype == eager.dtype, f"{what}: {out.dtype}, but eager gives {eager.dtype}"
@@ -157,7 +161,8 @@ def assert_two_times(
     if not truth.numel():
         return
     error, plain = ((found.double() - truth).abs().max().item() for found in (out, eager))
-    bound = tolerance("two_times") * plain + tolerance(floor) * ulp(dtype or eager.dtype, truth.abs().max().item())
+    largest = max(truth.abs().max().item(), size)
+    bound = tolerance("two_times") * plain + tolerance(floor) * ulp(dtype or eager.dtype, largest)
     assert error <= bound, f"{what}: error {error:.3e}, the two-times rule allows {bound:.3e}"
 
 
