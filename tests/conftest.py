@@ -7,7 +7,8 @@ import tempfile
 
 import pytest
 import torch
-import torchvision_operators  # noqa: F401
+
+import bench.torchvision_operators  # noqa: F401
 
 # Without a GPU Triton's kernels run in its interpreter, which has to be asked for before Triton is imported.
 if not torch.cuda.is_available():

@@ -14,8 +14,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
-import torchvision_operators  # noqa: F401
 
+import bench.torchvision_operators  # noqa: F401
 from fused_resnet import cli
 from fused_resnet.training.checkpoint import Checkpoints
 

@@ -104,8 +104,7 @@ def _same_network(model: nn.Module) -> nn.Module:
 
 
 def import_torchvision():
-    """torchvision; beside a torch for the CPU its compiled part may be missing, and with it operators that it names."""
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    """torchvision, whether or not its compiled part fits this torch."""
+    from bench import torchvision_operators  # noqa: F401
+
     return importlib.import_module("torchvision")
