@@ -60,6 +60,11 @@ def read_image(path: str | Path) -> Image.Image:
         raise UnreadableImage(path, reason) from error
 
 
+def shorter_side(size: int) -> int:
+    """The shorter side that an image is given before a crop of `size` is cut out: torchvision's 256 of 224."""
+    return size * 256 // 224
+
+
 def resize(image: Image.Image, shorter: int) -> Image.Image:
     """The image with its shorter side `shorter` pixels long, the longer one in proportion, rounded down."""
     width, height = image.size
@@ -81,7 +86,7 @@ class Preprocessing:
     """Image to tensor: the shorter side to `shorter` pixels, crops of `size`, less `mean` and divided by `std`.
 
     Args:
-        shorter: size * 256 / 224 by default.
+        shorter: `shorter_side` of the size by default.
     """
 
     size: int = 224
@@ -106,7 +111,7 @@ class Preprocessing:
         return torch.stack([self._tensor(view, x, y) for view in both for x, y in corners])
 
     def _resized(self, image: Image.Image) -> Image.Image:
-        return resize(image, self.size * 256 // 224 if self.shorter is None else self.shorter)
+        return resize(image, shorter_side(self.size) if self.shorter is None else self.shorter)
 
     def _middle(self, image: Image.Image) -> tuple[int, int]:
         return tuple(round((side - self.size) / 2.0) for side in image.size)

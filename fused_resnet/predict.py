@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fused_resnet.files import write_atomically
 from fused_resnet.images import IMAGENET, Preprocessing, UnreadableImage, find_images, read_image
+from fused_resnet.models.weights import last_linear
 from fused_resnet.options import (
     DTYPES,
     MODEL,
@@ -163,8 +164,7 @@ def _network(args: argparse.Namespace) -> _Network:
         return _of_run(args)
     args.model = args.model or MODEL
     model = build_model(args)
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    thousand = bool(heads) and heads[-1].out_features == 1000
+    thousand = model.get_submodule(last_linear(model)).out_features == 1000
     labels = imagenet_labels() if args.weights and thousand else None
     return _Network(args.model, model, labels, Preprocessing(args.size or 224))
 
@@ -181,13 +181,9 @@ def _of_run(args: argparse.Namespace) -> _Network:
             f"--weights {args.weights}: a network of --dataset {about['dataset']}, which takes images of {channels} "
             "channel, not photographs; `fused-resnet eval` scores it"
         )
-    # Those of other data sets are not cut.
-    shorter = about["val_resize"] if about["dataset"] == "imagefolder" else about["val_size"]
-    how = {"mean": about["mean"], "std": about["std"]}
-    if args.size is None:
-        made = Preprocessing(about["val_size"], shorter, **how)
-    else:
-        made = Preprocessing(args.size, args.size * shorter // about["val_size"], **how)
+    size = args.size or about["val_size"]
+    shorter = size * about["val_resize"] // about["val_size"]
+    made = Preprocessing(size, shorter, about["mean"], about["std"])
     return _Network(about["model"], model, about["classes"], made)
 
 

@@ -190,6 +190,7 @@ def test_no_class_named_means_all():
         ),
         ("--data x --classes cat dog cat", "--classes names cat twice"),
         ("--data x --classes cat", "--classes needs two names or more"),
+        ("--data x --val-resize 223", "--val-resize 223 is less than --size 224, which is cut out of it"),
         ("--data x --size 200 --val-resize 199", "--val-resize 199 is less than --size 200, which is cut out of it"),
         (
             "--data x --size 100 --val-size 200 --val-resize 199",

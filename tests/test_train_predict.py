@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tolerances import tolerance
-from train_calls import call, said_since, tiny
+from train_calls import call, checkpoint, said_since, tiny
 from training_data import CIFAR10_CLASSES, made_cifar10, make_cifar10, make_image_folder
 
 from fused_resnet import cli
@@ -79,6 +79,8 @@ def test_images_of_cifar10_are_not_cut(tmp_path, capfd):
         path = tmp_path / f"{number:02}.png"
         image.save(path)
         truth[str(path)] = CIFAR10_CLASSES[label]
+    about = checkpoint(tmp_path / "run")["about"]
+    assert about["val_resize"] == about["val_size"] == 32  # which an exported network tells, too
     found = printed(capfd, "predict", *truth, "--weights", tmp_path / "run", "--topk", 10)
     assert mean_loss(found, truth) == pytest.approx(score["loss"], rel=tolerance("model_eval_fp32"))
 

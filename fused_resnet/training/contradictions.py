@@ -5,7 +5,7 @@ import difflib
 
 from fused_resnet.models import list_models
 from fused_resnet.options import UsageError
-from fused_resnet.training.options import OF_FILES, defaults
+from fused_resnet.training.options import OF_FILES, SIZES, defaults
 
 
 def check(args: argparse.Namespace) -> None:
@@ -70,8 +70,8 @@ def check_data(args: argparse.Namespace) -> None:
         raise UsageError(f"--classes names {', '.join(twice)} twice")
     if len(names) == 1:
         raise UsageError("--classes needs two names or more")
-    crop = args.val_size or args.size
-    if crop and args.val_resize and args.val_resize < crop:
+    crop = args.val_size or args.size or SIZES[args.dataset]
+    if args.dataset == "imagefolder" and args.val_resize and args.val_resize < crop:
         option = "--val-size" if args.val_size else "--size"
         raise UsageError(f"--val-resize {args.val_resize} is less than {option} {crop}, which is cut out of it")
 

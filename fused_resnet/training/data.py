@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fused_resnet.images import UnreadableImage
-from fused_resnet.options import UsageError
+from fused_resnet.images import UnreadableImage, shorter_side
+from fused_resnet.training.options import SIZES
 from fused_resnet.training.sampler import EpochSampler, seed_cpu
 
 NO_CLASS = -100  # what cross entropy leaves out
@@ -108,16 +108,20 @@ class Data:
     in_channels: int
     size: int
     val_size: int
-    val_resize: int
+    val_resize: int  # the shorter side before a crop of val_size is cut out; val_size where none is
     mean: list[float]
     std: list[float]
     images: dict  # how many there are of train and val, and the SHA-256 of their names and classes, if they have any
     workers: int  # processes that read images, unless told otherwise: 0 where they are in memory
 
     def about(self) -> dict:
-        """What `eval`, `export` and a resumed run have to know."""
+        """What `eval`, `predict`, `export` and a resumed run have to know."""
         names = ("classes", "images", "size", "val_size", "val_resize", "mean", "std")
         return {name: getattr(self, name) for name in names}
+
+    def readers(self, args: argparse.Namespace) -> int:
+        """Processes that read images: --workers, or its own number."""
+        return self.workers if args.workers is None else args.workers
 
 
 def make_data(args: argparse.Namespace, *, train: bool = True) -> Data:
@@ -128,14 +132,12 @@ def make_data(args: argparse.Namespace, *, train: bool = True) -> Data:
     """
     from fused_resnet.training import datasets
 
-    sizes = datasets.SIZES[args.dataset]
     args = argparse.Namespace(**vars(args))
     args.parts = ("train", "val") if train else ("val",)
-    args.size = args.size or sizes
+    args.size = args.size or SIZES[args.dataset]
     args.val_size = args.val_size or args.size
-    args.val_resize = args.val_resize or args.val_size * 256 // 224
-    if args.val_resize < args.val_size:
-        raise UsageError(f"--val-resize {args.val_resize} is smaller than the crop, --val-size {args.val_size}")
+    cut = args.dataset == "imagefolder"
+    args.val_resize = args.val_resize or (shorter_side(args.val_size) if cut else args.val_size)
     return datasets.MAKERS[args.dataset](args)
 
 
@@ -160,7 +162,7 @@ def validation_loader(data: Data, args: argparse.Namespace, processes: Any) -> D
     world, device = processes.world, processes.device
     batch_size = max(args.batch_size, 2 * world)
     sampler = EpochSampler(len(data.val), batch_size, rank=processes.rank, world=world, shuffle=False)
-    return make_loader(data.val, sampler, workers=data.workers if args.workers is None else args.workers, device=device)
+    return make_loader(data.val, sampler, workers=data.readers(args), device=device)
 
 
 def _as_it_is(batch: Batch) -> Batch:

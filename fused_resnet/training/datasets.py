@@ -15,9 +15,9 @@ from fused_resnet.images import MEAN, STD, read_image
 from fused_resnet.options import UsageError
 from fused_resnet.training import augment
 from fused_resnet.training.data import Data, Examples, Tensors
+from fused_resnet.training.options import SIZES
 from fused_resnet.training.sampler import seed_of
 
-SIZES = {"imagefolder": 224, "cifar10": 32, "digits": 16, "synthetic": 224}
 CIFAR_MEAN, CIFAR_STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]  # of the 50,000 training images
 SYNTHETIC = {"classes": 10, "train": 1024, "val": 256}
 
@@ -73,8 +73,6 @@ def _check_classes(wanted: list[str], found: list[str], where: str) -> None:
     missing = [name for name in wanted if name not in found]
     if missing:
         raise UsageError(f"--classes: {where} has no class {', '.join(missing)}; it has {', '.join(found)}")
-    if len(set(wanted)) < len(wanted):
-        raise UsageError(f"--classes: a class is named twice in {' '.join(wanted)}")
 
 
 # --- CIFAR-10 ---------------------------------------------------------------------------------------------------------

@@ -76,8 +76,7 @@ class Training:
 
         place = {"rank": processes.rank, "world": processes.world}
         self.sampler = EpochSampler(len(data.train), args.batch_size, **place, seed=args.seed)
-        workers = data.workers if args.workers is None else args.workers
-        self.loader = make_loader(data.train, self.sampler, workers=workers, device=self.device)
+        self.loader = make_loader(data.train, self.sampler, workers=data.readers(args), device=self.device)
         self.val_loader = validation_loader(data, args, processes)
 
         self.optimizer = make_optimizer(self.module, args)

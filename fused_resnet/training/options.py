@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from fused_resnet.options import positive
+from fused_resnet.options import MODEL, positive
 from fused_resnet.training.values import (
     above_zero,
     count,
@@ -18,7 +18,8 @@ from fused_resnet.training.values import (
     share_below_one,
 )
 
-DATASETS = ("imagefolder", "cifar10", "digits", "synthetic")
+SIZES = {"imagefolder": 224, "cifar10": 32, "digits": 16, "synthetic": 224}  # of images, unless they are told
+DATASETS = tuple(SIZES)
 OF_FILES = ("imagefolder", "cifar10")  # data sets that are read from --data
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", "rmsprop")
 SCHEDULERS = ("cosine", "step", "multistep", "exponential", "constant")
@@ -66,9 +67,7 @@ def _add_data(group) -> None:
 
 
 def _add_model(group) -> None:
-    group.add_argument(
-        "--model", default="resnet50", help="a network's name, see fused-resnet info (default: resnet50)"
-    )
+    group.add_argument("--model", default=MODEL, help=f"a network's name, see fused-resnet info (default: {MODEL})")
     group.add_argument(
         "--pretrained",
         nargs="?",
