@@ -28,7 +28,7 @@ from fused_resnet.training.trained import BEST
 def run(args: argparse.Namespace) -> int:
     """`fused-resnet train`; return the exit code.
 
-    0: trained to the end. 1: the run cannot go on. 130, 143: Ctrl-C and SIGTERM, after which everything is saved.
+    0: trained to the end. 1: the run cannot go on. 130, 143, 129: Ctrl-C, SIGTERM and SIGHUP; everything is saved.
     """
     args = resuming.options_of(args)
     check(args)

@@ -15,7 +15,7 @@ from fused_resnet.training.data import Data
 TRUNK = "trunk"  # of --freeze: everything but the last linear layer
 
 
-def model_options(args: argparse.Namespace, data: Data) -> dict:
+def model_options(data: Data) -> dict:
     """What `create_model` has to be given to build the network that a checkpoint belongs to."""
     return {"num_classes": len(data.classes), "in_channels": data.in_channels}
 
@@ -26,7 +26,7 @@ def make_network(args: argparse.Namespace, data: Data, *, weights: bool = True) 
     Raises:
         UsageError: weights that do not fit, or a name of --freeze that the network does not have.
     """
-    model = create_model(args.model, **model_options(args, data), lean=args.lean)
+    model = create_model(args.model, **model_options(data), lean=args.lean)
     said = []
     if weights and args.pretrained is not None:
         said.append(_load_trunk(model, args))

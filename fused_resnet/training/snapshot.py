@@ -38,7 +38,7 @@ def taken(training: "Training") -> dict:
         "partial": training.meter.sums(training.processes),
         "about": {
             "model": training.args.model,
-            "model_options": model_options(training.args, training.data),
+            "model_options": model_options(training.data),
             "dataset": training.args.dataset,
             **training.data.about(),
             "args": plain(training.args),
