@@ -10,7 +10,7 @@ from train_arguments import arguments
 from train_calls import call, checkpoint, different, summary
 from training_data import CIFAR10_CLASSES, made_cifar10, make_cifar10, make_image_folder
 
-from fused_resnet.training.data import make_data
+from fused_resnet.training.data import _unless_gone, make_data
 from fused_resnet.training.sampler import EpochSampler, batch_sizes, seed_of
 
 pytest.importorskip("torchvision.transforms.v2")
@@ -160,6 +160,15 @@ def test_an_image_is_changed_by_seed_epoch_and_index_alone(photographs, dataset)
     assert torch.equal(image(3, 5, (0, 1), (3, 2)), first)
     for other in (image(4, 5), image(3, 5, seed=1)):
         assert not torch.equal(other, first)
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("error", "told"), [(BrokenPipeError(), False), (EOFError(), False), (OSError("full"), True)])
+def test_a_worker_whose_process_was_killed_says_nothing(error, told, capsys):
+    _unless_gone(type(error), error, None)
+    assert capsys.readouterr().err == (f"OSError: {error}\n" if told else "")
 
 
 # --- the order of images ----------------------------------------------------------------------------------------------

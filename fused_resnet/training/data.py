@@ -7,6 +7,7 @@ process or worker it is made.
 import argparse
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,3 +179,12 @@ def _worker(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    sys.excepthook = _unless_gone
+
+
+def _unless_gone(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Say nothing where the process that a worker hands its images to was killed: the thread that does so sees a broken
+    pipe, and what the images themselves raise takes another way.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
