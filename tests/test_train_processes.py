@@ -12,7 +12,7 @@ import pytest
 import torch
 from tolerances import tolerance
 from train_arguments import arguments
-from train_runs import Run, assert_same_state, final, several, train, wait_for_checkpoint
+from train_runs import Run, assert_same_state, environments, final, several, train, wait_for_checkpoint
 
 import fused_resnet as fr
 from fused_resnet.training.processes import joined
@@ -45,12 +45,17 @@ def together(folder: Path, world: int, *argv) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict:
+def run_of_one(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone") / "run"
     run = train(folder, *FEW)
     assert run.wait() == 0, run.said()
-    assert final(folder)["step"] == STEPS
-    return final(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(run_of_one) -> dict:
+    assert final(run_of_one)["step"] == STEPS
+    return final(run_of_one)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +190,36 @@ def test_what_one_process_misses_is_said(tmp_path):
     runs = several(tmp_path / "run", 2, free_port(), *FEW, own=[(), ("--dataset", "digits", "--classes", "0", "x")])
     assert [run.wait() for run in runs] == [2, 2]
     assert "process 1: --classes: digits has no class x" in runs[0].said()
+
+
+def test_weights_that_one_process_misses(tmp_path):
+    """As a file that only one of two machines has."""
+    homes = [tmp_path / "home0", tmp_path / "home1"]
+    for home in homes:
+        home.mkdir()
+    torch.save(fr.create_model("cifar_resnet20", in_channels=1, num_classes=10).state_dict(), homes[0] / "weights.pth")
+    runs = [
+        train(
+            tmp_path / "run", "--epochs", 1, "--pretrained", "~/weights.pth",
+            said=f"-{rank}", environment={**environment, "HOME": str(homes[rank])},
+        )
+        for rank, environment in enumerate(environments(2, free_port()))
+    ]  # fmt: skip
+    assert [run.wait() for run in runs] == [2, 2]
+    assert "process 1: --pretrained ~/weights.pth: " in runs[0].said()
+    assert str(homes[1]) in runs[0].said()
+    assert runs[1].said() == ""
+
+
+def test_eval_says_what_one_process_misses(tmp_path, run_of_one):
+    own = [(), ("--dataset", "imagefolder", "--data", tmp_path / "nothing")]
+    runs = [
+        Run("eval", run_of_one, *own[rank], output=tmp_path / f"{rank}.txt", environment=environment)
+        for rank, environment in enumerate(environments(2, free_port()))
+    ]
+    assert [run.wait() for run in runs] == [2, 2]
+    assert f"process 1: --data {tmp_path / 'nothing'}: no such folder" in runs[0].said()
+    assert runs[1].said() == ""
 
 
 @pytest.mark.slow

@@ -91,23 +91,26 @@ class Run:
         return self.output.read_text() if self.output.exists() else ""
 
 
-def train(folder: Path, *argv, **kwargs) -> Run:
-    """A small training into `folder`."""
+def train(folder: Path, *argv, said: str = "", **kwargs) -> Run:
+    """A small training into `folder`; what it says in `<folder><said>.txt` beside that."""
     folder.mkdir(parents=True, exist_ok=True)
-    return Run("train", *SMALL, "--output", folder, *argv, output=folder.parent / f"{folder.name}.txt", **kwargs)
+    output = folder.parent / f"{folder.name}{said}.txt"
+    return Run("train", *SMALL, "--output", folder, *argv, output=output, **kwargs)
 
 
 def several(folder: Path, world: int, port: int, *argv, own: Sequence[Sequence] = ()) -> list[Run]:
     """The same in `world` processes, as torchrun starts them; `own`: further options of each."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    own = own or [()] * world
     return [
-        Run(
-            "train", *SMALL, "--output", folder, *argv, *(own[rank] if own else ()),
-            output=folder.parent / f"{folder.name}-{rank}.txt",
-            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world)
-    ]  # fmt: skip
+        train(folder, *argv, *own[rank], said=f"-{rank}", environment=environment)
+        for rank, environment in enumerate(environments(world, port))
+    ]
+
+
+def environments(world: int, port: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its processes."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def wait_for_checkpoint(folder: Path, count: int = 1) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fused_resnet.options import UsageError, chosen_backend
+from fused_resnet.options import chosen_backend
 from fused_resnet.training import resuming
 from fused_resnet.training.checkpoint import Checkpoints
 from fused_resnet.training.contradictions import check
@@ -34,13 +34,10 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     args.output = str(resuming.output_folder(args))
     _settle(args)
-    with Interruption().watched() as interruption, joined(args) as processes, chosen_backend(args):
+    again = joined(args, way_out="start again with --resume auto")
+    with Interruption().watched() as interruption, chosen_backend(args), again as processes:
         try:
             return _train(args, processes, interruption)
-        except UsageError:
-            if processes.first:
-                raise
-            return 2  # the first process says it
         except (MemoryError, RuntimeError, ValueError) as error:
             meaning = explained(error, args)
             if meaning is None:

@@ -42,15 +42,9 @@ def run(args: argparse.Namespace) -> int:
     """`fused-resnet eval`; return the exit code."""
     model, about = load_trained(args.trained, ema=not args.no_ema)
     settings = _settings(args, about)
-    with joined(settings) as processes, chosen_backend(args):
-        try:
-            data = make_data(settings, train=False)
-            _check(data, about, settings)
-            score = _score(model, data, settings, processes)
-        except UsageError:
-            if processes.first:
-                raise
-            return 2  # the first process says it
+    with chosen_backend(args), joined(settings) as processes:
+        data = processes.agreed(lambda: _data(about, settings))
+        score = _score(model, data, settings, processes)
     if processes.first:
         _say(score, about, settings, as_json=args.json)
     return 0
@@ -79,7 +73,9 @@ def _settings(args: argparse.Namespace, about: dict) -> argparse.Namespace:
     return settings
 
 
-def _check(data: Data, about: dict, settings: argparse.Namespace) -> None:
+def _data(about: dict, settings: argparse.Namespace) -> Data:
+    """The images to score the network on, which are to be as those that it learned from."""
+    data = make_data(settings, train=False)
     channels = about["model_options"]["in_channels"]
     if data.in_channels != channels:
         raise UsageError(
@@ -91,6 +87,7 @@ def _check(data: Data, about: dict, settings: argparse.Namespace) -> None:
             f"{about['mean']} and divided by {about['std']}",
             file=sys.stderr,
         )
+    return data
 
 
 def _score(model: nn.Module, data: Data, settings: argparse.Namespace, processes: Processes) -> Score:

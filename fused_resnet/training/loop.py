@@ -65,7 +65,7 @@ class Training:
         self.meter = Meter(self.device)
 
         torch.manual_seed(seed_of(args.seed, "weights"))
-        model, said = network.make_network(args, data, weights=resumed is None)
+        model, said = processes.agreed(lambda: network.make_network(args, data, weights=resumed is None))
         for line in said:
             log.say(line)
         # FSDP divides contiguous weights alone; the kernels pack them anyway.

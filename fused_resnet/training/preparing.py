@@ -30,16 +30,7 @@ def prepare(args: argparse.Namespace, processes: Processes, stack: contextlib.Ex
     Raises:
         UsageError: in every process, where one of them finds something wrong, or something else than the first.
     """
-    found, problem = None, None
-    try:
-        found = _prepare(args, processes, stack)
-    except UsageError as error:
-        problem = str(error)
-    problems = processes.gather(problem)
-    if any(problems):
-        said = {text: rank for rank, text in reversed(list(enumerate(problems))) if text}  # each once
-        alone = len(set(problems)) == 1
-        raise UsageError("\n".join(text if alone else f"process {rank}: {text}" for text, rank in said.items()))
+    found = processes.agreed(lambda: _prepare(args, processes, stack))
     views = processes.gather(_view(args, found))
     for rank, view in enumerate(views):
         different = [name for name, value in view.items() if views[0][name] != value]

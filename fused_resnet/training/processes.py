@@ -3,10 +3,10 @@
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fused_resnet.options import UsageError
 from fused_resnet.training.errors import TrainingError
+
+T = TypeVar("T")
 
 # Of another process's end in what gloo and NCCL say, whose errors are of no kind of their own.
 SIGNS = (
@@ -59,6 +61,24 @@ class Processes:
         dist.all_gather_object(found, value, group=self.control)
         return found
 
+    def agreed(self, make: Callable[[], T]) -> T:
+        """What `make` returns, once it has returned in every process.
+
+        Raises:
+            UsageError: in every process, where one of them finds something wrong; it says what each of them found.
+        """
+        found, problem = None, None
+        try:
+            found = make()
+        except UsageError as error:
+            problem = str(error)
+        problems = self.gather(problem)
+        if any(problems):
+            said = {text: rank for rank, text in reversed(list(enumerate(problems))) if text}  # each once
+            alone = len(set(problems)) == 1
+            raise UsageError("\n".join(text if alone else f"process {rank}: {text}" for text, rank in said.items()))
+        return found
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes, on the CPU."""
         values = values.cpu()
@@ -81,12 +101,18 @@ class Answer:
 
 
 @contextlib.contextmanager
-def joined(args: argparse.Namespace) -> Iterator[Processes]:
+def joined(args: argparse.Namespace, way_out: str = "start again") -> Iterator[Processes]:
     """This process among those of `torchrun`; alone without it.
+
+    A UsageError within it is to be raised in all of them, see `Processes.agreed`: the first one says it for all.
+
+    Args:
+        way_out: what to do where another process has died.
 
     Raises:
         UsageError: a device that is not there.
         TrainingError: another process has died, or has been silent for --timeout seconds.
+        SystemExit: of the others, with 2, where the first one has a UsageError.
     """
     rank, world, local_rank = _place()
     device = _device(args.device, local_rank)
@@ -101,12 +127,16 @@ def joined(args: argparse.Namespace) -> Iterator[Processes]:
         # It is waited in while one process writes a checkpoint; that one has died is seen at once.
         control = dist.new_group(backend="gloo", timeout=10 * timeout)
         yield Processes(rank, world, device, control)
+    except UsageError as error:
+        if rank == 0:
+            raise
+        raise SystemExit(2) from error
     except (dist.DistError, RuntimeError) as error:
         if not _is_of_a_process(error):
             raise
         raise TrainingError(
             f"process {rank} of {world}: another process has ended, or has not answered for {args.timeout} s "
-            f"({str(error).splitlines()[0][:200]}); start again with --resume auto, with any number of processes"
+            f"({str(error).splitlines()[0][:200]}); {way_out}, with any number of processes"
         ) from error
     dist.destroy_process_group()  # after an error it could wait for a process that is no more
 
