@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from networks import seeded
 from tolerances import tolerance
+from train_arguments import arguments
 
 import fused_resnet as fr
 from fused_resnet.options import UsageError, calibrate
-from fused_resnet.training import eval_command, options
+from fused_resnet.training import eval_command
 from fused_resnet.training.checkpoint import Checkpoints, write
 from fused_resnet.training.data import make_data
 
@@ -20,9 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def training_options(**given) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    options.add_arguments(parser)
-    return argparse.Namespace(**{**vars(parser.parse_args([])), "workers": 0, "batch_size": 64, **given})
+    return argparse.Namespace(**{**vars(arguments()), "workers": 0, "batch_size": 64, **given})
 
 
 def trained(folder, *, average: bool = False, **given):

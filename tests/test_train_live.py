@@ -13,7 +13,7 @@ import pytest
 from training_logs import STATE, Clock, log_of, read_csv, row
 
 from fused_resnet.training import live, summary
-from fused_resnet.training.live import Batch, TimeLeft
+from fused_resnet.training.live import Standing, TimeLeft
 
 
 class Terminal:
@@ -67,7 +67,7 @@ def halfway(log, clock, of_images=10_000):
     """Batches of 100 images, ten a second, to 41 % of the third epoch."""
     for images in range(100, 4101, 100):
         clock.now += 0.1
-        log.batch(epoch=3, images=images, of_images=of_images, step=images // 100, **STATE)
+        log.batch(Standing(epoch=3, images=images, of_images=of_images, step=images // 100, **STATE))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_live_line_has_every_number_and_fits(tmp_path, columns, expected):
 
 
 def test_live_line_shortens_by_importance():
-    state = Batch(100, 1_200_000, 1_281_167, 1, 123456.0, 12.3456, 0.952, 0.000123456, 0.5)
+    state = Standing(100, 1_200_000, 1_281_167, 1, 123456.0, 12.3456, 0.952, 0.000123456, 0.5)
     lines = [live.line(state, 300, (12345.6, 1_234_567.0), width) for width in range(121)]
     assert all(len(text) <= width for width, text in enumerate(lines))
     assert lines[59] == "100/300 94% 123456/s 12.346 95.2% 3:25:46 (14d6h)"
@@ -103,9 +103,9 @@ def test_live_line_shortens_by_importance():
 
 
 def test_live_line_without_what_is_not_known():
-    state = Batch(1, 0, 0, 0, None, None, None, None, None)
+    state = Standing(1, 0, 0, 0, None, None, None, None, None)
     assert [live.line(state, 2, None, width) for width in (120, 9, 3)] == ["epoch 1/2", "epoch 1/2", "1/2"]
-    nan = Batch(1, 5, 10, 0, math.nan, math.nan, None, 0.1, 0.0)
+    nan = Standing(1, 5, 10, 0, math.nan, math.nan, None, 0.1, 0.0)
     assert live.line(nan, 2, (math.inf, 3.0), 120) == (
         "epoch 1/2  50 %  nan images/s  loss nan  lr 0.1  waited 0 %  left ? (all 2: 0:03)"
     )
@@ -117,7 +117,7 @@ def test_whole_lines_do_not_break_the_live_one(tmp_path):
     halfway(log, clock)
     log.say("saved")
     clock.now += 1
-    log.batch(epoch=3, images=4200, of_images=10_000, step=42, **STATE)
+    log.batch(Standing(epoch=3, images=4200, of_images=10_000, step=42, **STATE))
     log.phase("validating")
     log.epoch(row(3))
     log.phase("saving")
@@ -135,7 +135,7 @@ def test_narrowed_terminal(tmp_path):
     halfway(log, clock)
     terminal.resize(40)
     clock.now += 1
-    log.batch(epoch=3, images=4200, of_images=10_000, step=42, **STATE)
+    log.batch(Standing(epoch=3, images=4200, of_images=10_000, step=42, **STATE))
     log.close()
     assert len(states(terminal.text())[-1]) < 40
 
@@ -145,7 +145,7 @@ def test_draws_at_most_ten_times_a_second(tmp_path):
     log = log_of(tmp_path, stream=terminal.stream, clock=clock)
     for images in range(1, 1001):
         clock.now += 0.001
-        log.batch(epoch=1, images=images, of_images=10_000, step=images, **STATE)
+        log.batch(Standing(epoch=1, images=images, of_images=10_000, step=images, **STATE))
     log.close()
     assert 9 <= len(states(terminal.text())) <= 11
 
@@ -156,7 +156,7 @@ def test_no_terminal_has_a_line_an_epoch_and_one_each_half_minute(tmp_path):
     for epoch in (1, 2):
         for images in range(1, 101):
             clock.now += 1
-            log.batch(epoch=epoch, images=images, of_images=100, step=images, **STATE)
+            log.batch(Standing(epoch=epoch, images=images, of_images=100, step=images, **STATE))
         log.phase("validating")
         log.epoch(row(epoch))
     log.close()
@@ -174,7 +174,7 @@ def test_terminal_that_is_gone(tmp_path):
     halfway(log, clock)
     terminal.text()
     clock.now += 1
-    log.batch(epoch=3, images=4200, of_images=10_000, step=42, **STATE)
+    log.batch(Standing(epoch=3, images=4200, of_images=10_000, step=42, **STATE))
     log.say("saved")
     log.epoch(row(3))
     log.close()

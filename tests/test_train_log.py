@@ -12,6 +12,7 @@ from PIL import Image
 from training_logs import STATE, Clock, log_of, read_csv, row
 
 from fused_resnet.training import curves, events
+from fused_resnet.training.live import Standing
 from fused_resnet.training.log import COLUMNS, Silent
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -44,8 +45,8 @@ def train(log, clock, steps, of_images=10):
     """One image a step, a step a second; the loss is the step."""
     for step in steps:
         clock.now += 1.5
-        log.batch(epoch=1 + (step - 1) // 10, images=1 + (step - 1) % 10, of_images=of_images, step=step,
-                  **{**STATE, "loss": float(step)})  # fmt: skip
+        log.batch(Standing(epoch=1 + (step - 1) // 10, images=1 + (step - 1) % 10, of_images=of_images, step=step,
+                           **{**STATE, "loss": float(step)}))  # fmt: skip
         if step % of_images == 0:
             log.epoch(row(step // of_images, train_loss=1000.0 + step))
 
@@ -85,7 +86,7 @@ def test_accumulated_batches_are_one_value_of_tensorboard(tmp_path):
     log = log_of(tmp_path, clock=clock)
     for batch in range(1, 9):
         clock.now += 2
-        log.batch(epoch=1, images=batch, of_images=8, step=batch // 4, **STATE)
+        log.batch(Standing(epoch=1, images=batch, of_images=8, step=batch // 4, **STATE))
     log.epoch(row(1, step=2))
     log.close()
     assert [step for step, _ in recorded(tmp_path)["train/loss"]] == [1, 2]
@@ -208,7 +209,7 @@ def test_summary_before_an_epoch_has_ended(tmp_path):
 
 def test_silent_processes_keep_the_history(tmp_path, capfd):
     quiet = Silent([])
-    quiet.batch(epoch=1, images=1, of_images=2, step=1, **STATE)
+    quiet.batch(Standing(epoch=1, images=1, of_images=2, step=1, **STATE))
     quiet.phase("validating")
     quiet.epoch(row(1))
     quiet.close()

@@ -7,6 +7,4 @@ from fused_resnet.training import options
 
 def arguments(*argv) -> argparse.Namespace:
     """What `train` gets from these options; bad ones end in SystemExit, contradictions are not looked for."""
-    parser = argparse.ArgumentParser(prog="fused-resnet train", allow_abbrev=False)
-    options.add_arguments(parser)
-    return parser.parse_args([str(argument) for argument in argv])
+    return options.make_parser().parse_args([str(argument) for argument in argv])

@@ -258,8 +258,11 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     return _unwrapped(found)
 
 
-def load_plain(path: Path) -> Any:
+def load_plain(path: Path, *, mmap: bool = False) -> Any:
     """What torch.save wrote, on the CPU, if that is tensors and plain containers.
+
+    Args:
+        mmap: read no tensor before it is used; the file has to stay as it is while there are any.
 
     Raises:
         pickle.UnpicklingError: it is more than that; nothing of it is run.
@@ -267,7 +270,7 @@ def load_plain(path: Path) -> Any:
     try:
         # torchvision's training script keeps its arguments, a plain record, in every checkpoint.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise pickle.UnpicklingError(
             f"{path} is damaged, or holds Python objects other than tensors, which could run code when loaded; it is "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_resnet.options import UsageError
-from fused_resnet.training.options import add_arguments
+from fused_resnet.training.options import make_parser
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,8 +45,7 @@ def with_config(argv: list[str]) -> list[str]:
 
 def given(argv: list[str]) -> dict[str, Any]:
     """The options that `argv`, after `with_config`, holds, without those that are left to their defaults."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_arguments(parser)
+    parser = make_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return vars(parser.parse_args(argv[1:]))
@@ -74,9 +73,7 @@ def _without_config(tokens: list[str]) -> tuple[list[str], list[str]]:
 
 def _options(name: str) -> list[str]:
     """The options that a file holds, as of a command line."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_arguments(parser)
-    actions = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in make_parser()._actions}
     tokens, seen = [], set()
     for key, value in _read(name).items():
         place = f"--config {name}: {key}"

@@ -4,17 +4,17 @@ import argparse
 import json
 import sys
 
-import torch
 from torch import nn
 
-from fused_resnet.options import DTYPES, UsageError, chosen_backend, positive
+from fused_resnet.options import UsageError, chosen_backend, positive
 from fused_resnet.parity import table
 from fused_resnet.training import options
 from fused_resnet.training.contradictions import check_data
 from fused_resnet.training.data import Data, make_data, validation_loader
 from fused_resnet.training.evaluate import Score, evaluate
+from fused_resnet.training.precision import memory_format
 from fused_resnet.training.processes import Processes, joined
-from fused_resnet.training.trained import load_trained
+from fused_resnet.training.trained import described, load_trained
 from fused_resnet.training.values import count
 
 SHOWN = 20  # names of unreadable images
@@ -91,14 +91,8 @@ def _data(about: dict, settings: argparse.Namespace) -> Data:
 
 
 def _score(model: nn.Module, data: Data, settings: argparse.Namespace, processes: Processes) -> Score:
-    loader = validation_loader(data, settings, processes)
-    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(processes.device.type, DTYPES[settings.amp_dtype], enabled=settings.amp)
-
-    model = model.to(processes.device, memory_format=memory_format)
-    return evaluate(model, loader, processes, autocast, memory_format)
+    model = model.to(processes.device, memory_format=memory_format(settings))
+    return evaluate(model, validation_loader(data, settings, processes), settings, processes)
 
 
 def _say(score: Score, about: dict, settings: argparse.Namespace, *, as_json: bool) -> None:
@@ -108,16 +102,16 @@ def _say(score: Score, about: dict, settings: argparse.Namespace, *, as_json: bo
     if unreadable:
         of_all = f"{unreadable} of {unreadable + score.images} images"
         print(f"fused-resnet eval: {of_all} could not be read and are not counted", file=sys.stderr)
-    source, precision = about["source"], settings.amp_dtype if settings.amp else "fp32"
+    precision = settings.amp_dtype if settings.amp else "fp32"
     if as_json:
-        found = {"model": about["model"], "source": source, "dataset": settings.dataset, "data": settings.data}
+        found = {"model": about["model"], "source": about["source"], "dataset": settings.dataset, "data": settings.data}
         how = {"precision": precision, "tencrop": settings.val_tencrop}
         print(json.dumps({**found, **how, **vars(score)}, indent=2))
         return
     where = settings.dataset if settings.data is None else f"{settings.dataset} {settings.data}"
     rows = [
         ("network", f"{about['model']}, {len(about['classes'])} classes, {precision}"),
-        ("from", f"{source['path']}, step {source['step']}" + (", averaged weights" if source["ema"] else "")),
+        ("from", described(about["source"])),
         ("images", f"{score.images:,} of {where}" + (", ten crops of each" if settings.val_tencrop else "")),
         ("loss", f"{score.loss:.4f}"),
         ("top-1", f"{score.top1:.2%}"),

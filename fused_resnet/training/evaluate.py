@@ -1,6 +1,6 @@
 """How well a network does on images that it was not trained with."""
 
-import contextlib
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from fused_resnet.training.data import NO_CLASS, Batch
 from fused_resnet.training.errors import TrainingError
+from fused_resnet.training.precision import autocast, memory_format
 from fused_resnet.training.processes import Processes
 
 
@@ -28,25 +29,25 @@ class Score:
 def evaluate(
     model: nn.Module,
     loader: DataLoader,
+    args: argparse.Namespace,
     processes: Processes,
-    autocast: Callable[[], contextlib.AbstractContextManager],
-    memory_format: torch.memory_format = torch.channels_last,
     between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score `model`, in eval mode and back, on the images of `loader`, which each process has its part of.
 
     Of ten crops of an image the probabilities are averaged. Every image is counted once, whatever the processes.
-    `between` is called after each batch.
+    `args`: its precision; `between` is called after each batch.
     """
+    layout = memory_format(args)
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
     unreadable: dict[str, str] = {}
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for batch in loader:
-            batch = batch.to(processes.device, memory_format)
-            with autocast():
-                logits = _logits(model, batch, memory_format)
+            batch = batch.to(processes.device, layout)
+            with autocast(args, processes.device):
+                logits = _logits(model, batch, layout)
             sums += _counts(logits, batch.labels)
             unreadable |= batch.unreadable
             between()
@@ -59,11 +60,11 @@ def evaluate(
     return Score(loss / images, top1 / images, top5 / images, int(images), unreadable)
 
 
-def _logits(model: nn.Module, batch: Batch, memory_format: torch.memory_format) -> Tensor:
+def _logits(model: nn.Module, batch: Batch, layout: torch.memory_format) -> Tensor:
     """[n, classes], of ten crops the logarithm of the mean probability."""
     if batch.images.dim() == 4:
         return model(batch.images).float()
-    views = batch.images.flatten(0, 1).contiguous(memory_format=memory_format)
+    views = batch.images.flatten(0, 1).contiguous(memory_format=layout)
     found = model(views).float().log_softmax(-1).unflatten(0, batch.images.shape[:2])
     return found.logsumexp(1) - torch.tensor(found.shape[1], device=found.device).log()
 

@@ -21,7 +21,7 @@ from fused_resnet.foreign_models import one_line
 from fused_resnet.modules.unit import unfused
 from fused_resnet.options import UsageError, positive
 from fused_resnet.parity import table
-from fused_resnet.training.trained import load_trained
+from fused_resnet.training.trained import described, load_trained
 
 KNOWN = ("model", "model_options", "classes", "val_size", "val_resize", "mean", "std")
 BUILD = "fused_resnet.create_model({model!r}, weights={name!r}, **{options})"
@@ -176,15 +176,14 @@ def _report(output: Path, content: bytes, about: dict, args: argparse.Namespace)
 
 
 def _table(found: dict) -> str:
-    source, size = found["source"], found["val_size"]
-    channels = found["model_options"]["in_channels"]
+    size, channels = found["val_size"], found["model_options"]["in_channels"]
     rows = [
         ("file", found["file"]),
         ("bytes", f"{found['bytes']:,}"),
         ("SHA-256", found["sha256"]),
         ("load it with", found["load"]),
         ("network", f"{found['model']}, {found['model_options']['num_classes']} classes"),
-        ("from", f"{source['path']}, step {source['step']}" + (", averaged weights" if source["ema"] else "")),
+        ("from", described(found["source"])),
         ("images", f"[n, {channels}, {size}, {size}], of 0 to 1 minus {found['mean']}, divided by {found['std']}"),
     ]
     return "\n".join(table(("", "exported"), rows))

@@ -8,18 +8,23 @@ MEMORY = 60.0  # seconds after which a speed counts for 1/e: past a slow start, 
 
 
 @dataclass
-class Batch:
+class Standing:
     """How a run stands after a batch. Shares are in 0..1, times in seconds; None: not known."""
 
     epoch: int
     images: int  # of this epoch, so far
     of_images: int
-    step: int
+    step: int  # of the whole run
     images_per_second: float | None
     loss: float | None
     top1: float | None
     lr: float | None
     waited: float | None
+
+    @property
+    def done(self) -> float | None:
+        """The share of the epoch."""
+        return self.images / self.of_images if self.of_images else None
 
 
 class TimeLeft:
@@ -63,13 +68,13 @@ class TimeLeft:
         return self._seconds / self._images if self._images else 0.0
 
 
-def line(batch: Batch, epochs: int, left: tuple[float, float] | None, width: int) -> str:
+def line(run: Standing, epochs: int, left: tuple[float, float] | None, width: int) -> str:
     """How the run stands, in `width` characters: in full, else shorter, else without what matters least."""
     for form in (_full, _middle):
-        text = "  ".join(part for part in form(batch, epochs, left) if part)
+        text = "  ".join(part for part in form(run, epochs, left) if part)
         if len(text) <= width:
             return text
-    parts = _short(batch, epochs, left)
+    parts = _short(run, epochs, left)
     for least in (None, "waited", "lr", "epoch left", "top1", "images_per_second", "left", "loss", "share"):
         parts.pop(least, None)
         text = " ".join(part for part in parts.values() if part)
@@ -78,42 +83,42 @@ def line(batch: Batch, epochs: int, left: tuple[float, float] | None, width: int
     return text[: max(0, width)]
 
 
-def _full(batch: Batch, epochs: int, left) -> list[str]:
+def _full(run: Standing, epochs: int, left) -> list[str]:
     times = f"left {duration(left[0])} (all {epochs}: {duration(left[1])})" if left else ""
     return [
-        f"epoch {batch.epoch}/{epochs}",
-        share(batch.images / batch.of_images if batch.of_images else None),
-        number(batch.images_per_second, ",.0f", after=" images/s"),
-        number(batch.loss, ".3f", "loss "),
-        share(batch.top1, "top-1 ", ".1f"),
-        number(batch.lr, ".3g", "lr "),
-        share(batch.waited, "waited "),
+        f"epoch {run.epoch}/{epochs}",
+        share(run.done),
+        number(run.images_per_second, ",.0f", after=" images/s"),
+        number(run.loss, ".3f", "loss "),
+        share(run.top1, "top-1 ", ".1f"),
+        number(run.lr, ".3g", "lr "),
+        share(run.waited, "waited "),
         times,
     ]
 
 
-def _middle(batch: Batch, epochs: int, left) -> list[str]:
+def _middle(run: Standing, epochs: int, left) -> list[str]:
     return [
-        f"{batch.epoch}/{epochs}",
-        share(batch.images / batch.of_images if batch.of_images else None),
-        number(batch.images_per_second, ",.0f", after="/s"),
-        number(batch.loss, ".3f", "loss "),
-        share(batch.top1, decimals=".1f"),
-        number(batch.lr, ".3g", "lr "),
-        share(batch.waited, "wait "),
+        f"{run.epoch}/{epochs}",
+        share(run.done),
+        number(run.images_per_second, ",.0f", after="/s"),
+        number(run.loss, ".3f", "loss "),
+        share(run.top1, decimals=".1f"),
+        number(run.lr, ".3g", "lr "),
+        share(run.waited, "wait "),
         f"{duration(left[0])} ({duration(left[1])})" if left else "",
     ]
 
 
-def _short(batch: Batch, epochs: int, left) -> dict[str, str]:
+def _short(run: Standing, epochs: int, left) -> dict[str, str]:
     return {
-        "epoch": f"{batch.epoch}/{epochs}",
-        "share": share(batch.images / batch.of_images if batch.of_images else None, percent="%"),
-        "images_per_second": number(batch.images_per_second, ".0f", after="/s"),
-        "loss": number(batch.loss, ".3f"),
-        "top1": share(batch.top1, decimals=".1f", percent="%"),
-        "lr": number(batch.lr, ".2g", "lr "),
-        "waited": share(batch.waited, "wait ", percent="%"),
+        "epoch": f"{run.epoch}/{epochs}",
+        "share": share(run.done, percent="%"),
+        "images_per_second": number(run.images_per_second, ".0f", after="/s"),
+        "loss": number(run.loss, ".3f"),
+        "top1": share(run.top1, decimals=".1f", percent="%"),
+        "lr": number(run.lr, ".2g", "lr "),
+        "waited": share(run.waited, "wait ", percent="%"),
         "epoch left": duration(left[0]) if left else "",
         "left": f"({duration(left[1]).replace(' ', '')})" if left else "",
     }

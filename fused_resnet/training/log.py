@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fused_resnet.files import write_atomically
 from fused_resnet.training import curves, events, live, summary
-from fused_resnet.training.live import Batch, TimeLeft
+from fused_resnet.training.live import Standing, TimeLeft
 
 COLUMNS = (
     "epoch", "step", "lr", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5",
@@ -67,31 +67,18 @@ class Log:
         self._attempt("log.csv", self._write_csv)
         self._open_events()
 
-    def batch(
-        self,
-        *,
-        epoch: int,
-        images: int,
-        of_images: int,
-        step: int,
-        images_per_second: float | None,
-        loss: float | None,
-        top1: float | None,
-        lr: float | None,
-        waited: float | None,
-    ) -> None:
-        """After each batch: `images` of the epoch's `of_images` are done, `step` steps of the whole run."""
+    def batch(self, run: Standing) -> None:
+        """After each batch."""
         now = self._clock()
-        self._epoch = epoch
-        self._time_left.see(now, epoch, images)
+        self._epoch = run.epoch
+        self._time_left.see(now, run.epoch, run.images)
         if now - self._recorded >= RECORD:
             self._recorded = now
-            self._record(step, {"train_loss": loss, "train_top1": top1, "lr": lr})
+            self._record(run.step, {"train_loss": run.loss, "train_top1": run.top1, "lr": run.lr})
         if now - self._drawn >= DRAW:
             self._passing = False
-            state = Batch(epoch, images, of_images, step, images_per_second, loss, top1, lr, waited)
-            left = self._time_left.left(of_images)
-            self._draw(now, lambda width: live.line(state, self.epochs, left, width))
+            left = self._time_left.left(run.of_images)
+            self._draw(now, lambda width: live.line(run, self.epochs, left, width))
 
     def phase(self, text: str) -> None:
         """What goes on that has no batches, such as "validating"."""
@@ -230,7 +217,7 @@ class Silent:
     def __init__(self, history: list[dict]):
         self.history = history
 
-    def batch(self, **state) -> None: ...
+    def batch(self, run: Standing) -> None: ...
 
     def phase(self, text: str) -> None: ...
 

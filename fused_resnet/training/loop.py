@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import math
 import time
 import warnings
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_resnet.options import DTYPES
 from fused_resnet.training import network, snapshot
 from fused_resnet.training.agreement import Asked, Wishes
 from fused_resnet.training.augment import make_mix
@@ -21,9 +19,11 @@ from fused_resnet.training.data import Batch, Data, make_loader, validation_load
 from fused_resnet.training.errors import TrainingError
 from fused_resnet.training.evaluate import Score, evaluate
 from fused_resnet.training.interruption import Interruption, Stopped
+from fused_resnet.training.live import Standing
 from fused_resnet.training.log import Log
 from fused_resnet.training.meter import Meter
 from fused_resnet.training.optimisation import make_optimizer, make_scheduler
+from fused_resnet.training.precision import autocast, make_scaler, memory_format
 from fused_resnet.training.processes import Processes
 from fused_resnet.training.sampler import EpochSampler, seed_of
 from fused_resnet.training.state import broadcast_buffers
@@ -57,7 +57,7 @@ class Training:
         self.args, self.data, self.processes, self.log = args, data, processes, log
         self.checkpoints, self.interruption = checkpoints, interruption
         self.device = processes.device
-        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.memory_format = memory_format(args)
         self.epoch, self.seen, self.step = 0, 0, 0
         self.history = log.history
         self.best: dict | None = None
@@ -82,15 +82,11 @@ class Training:
         self.optimizer = make_optimizer(self.module, args)
         batches = len(self.sampler)
         self.scheduler = make_scheduler(self.optimizer, args, math.ceil(batches / args.grad_accum))
-        half = args.amp and args.amp_dtype == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.scaler = make_scaler(args, self.device)
         self.mix = make_mix(args, len(data.classes))
         if resumed is not None:
             snapshot.restore(self, resumed)
         self.saved_at, self.saved_step = time.monotonic(), self.step
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, DTYPES[self.args.amp_dtype], enabled=self.args.amp)
 
     # --- epochs -------------------------------------------------------------------------------------------------------
 
@@ -156,15 +152,8 @@ class Training:
         modules = {"model": self.module, "ema": self.average}
         if self.processes.world > 1:
             broadcast_buffers(*(module for module in modules.values() if module is not None))
-        score = functools.partial(
-            evaluate,
-            loader=self.val_loader,
-            processes=self.processes,
-            autocast=self.autocast,
-            memory_format=self.memory_format,
-            between=self._obey_now,
-        )
-        scores = {name: module and score(module) for name, module in modules.items()}
+        how = {"loader": self.val_loader, "args": self.args, "processes": self.processes, "between": self._obey_now}
+        scores = {name: module and evaluate(module, **how) for name, module in modules.items()}
         for each in filter(None, scores.values()):
             self._note(each.unreadable)
         return scores
@@ -211,7 +200,7 @@ class Training:
         images, labels = batch.images, batch.labels
         if mixed:
             images, labels = self.mix(images, labels)
-        with self.autocast():
+        with autocast(self.args, self.device):
             logits = self.model(images)
             loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self.args.label_smoothing)
         self.scaler.scale(loss * share).backward()
@@ -227,7 +216,7 @@ class Training:
     def _show(self) -> None:
         meter, world = self.meter, self.processes.world
         meter.check()
-        self.log.batch(
+        standing = Standing(
             epoch=self.epoch + 1,
             images=self.seen,
             of_images=self.sampler.images,
@@ -238,6 +227,7 @@ class Training:
             lr=meter.lr,
             waited=meter.waited_share(),
         )
+        self.log.batch(standing)
 
     def _note(self, unreadable: dict[str, str]) -> None:
         """Name images that cannot be read, once, and end the run where there are too many."""

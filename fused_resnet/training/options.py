@@ -179,12 +179,17 @@ def _add_run(group) -> None:
     _switch(group, "--json", "summary as JSON on stdout")
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """A parser of these options alone."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_arguments(parser)
+    return parser
+
+
 @cache
 def defaults() -> Mapping[str, Any]:
     """Every option's name, and what it is where it is not given."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_arguments(parser)
-    return {action.dest: action.default for action in parser._actions}
+    return {action.dest: action.default for action in make_parser()._actions}
 
 
 def plain(args: argparse.Namespace) -> dict:

@@ -42,13 +42,18 @@ def load_trained(path: str | Path, ema: bool = True) -> tuple[nn.Module, dict]:
     return model.eval(), {**about, "source": source}
 
 
+def described(source: dict) -> str:
+    """`load_trained`'s "source" in a table."""
+    return f"{source['path']}, step {source['step']}" + (", averaged weights" if source["ema"] else "")
+
+
 def is_trained(path: str | Path) -> bool:
     """Whether `path` is a folder, or a checkpoint that tells of its run: what `load_trained` is for."""
     path = Path(path).expanduser()
     if not path.is_file():
         return path.is_dir()
     try:
-        return is_state(load_plain(path))
+        return is_state(load_plain(path, mmap=True))
     except Exception:  # whatever is wrong with it is said where its weights are loaded
         return False
 
